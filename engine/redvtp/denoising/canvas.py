@@ -1,0 +1,142 @@
+"""The response of one request while it is being decided.
+
+A canvas is `gen_length` token ids, the mask id where nothing is decided. It knows which canvas block is active, how many tokens
+the next step commits, where a stop sequence cut the answer, and how much of it may be streamed. Pure bookkeeping on the host;
+the model never appears here. Each step is `masked_rows()`, a forward over them, `commit(...)`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from redvtp.denoising.schedule import canvas_blocks, transfer_table
+
+
+class Canvas:
+    """State of one response (reference: LLaDA-V's generate loop; stop handling as there).
+
+    gen_length, block_length, steps: see DenoisingParams.
+    mask_id: id of an undecided position. A step may propose the mask id itself: the position then stays undecided, and the
+        budget is spent (as in the reference), so the loop always ends.
+    stop_sequences: token sequences; the answer ends before the first position where one of them starts, wherever the model
+        decides it first.
+    committed: leading tokens that are decided already (a request that was preempted after it had streamed them).
+    """
+
+    def __init__(
+        self,
+        gen_length: int,
+        block_length: int,
+        steps: int,
+        mask_id: int,
+        stop_sequences: tuple[tuple[int, ...], ...] = (),
+        committed: tuple[int, ...] = (),
+    ) -> None:
+        self.tokens = torch.full((gen_length,), mask_id, dtype=torch.int64)
+        self.tokens[: len(committed)] = torch.tensor(committed, dtype=torch.int64)
+        self.mask_id = mask_id
+        self.steps_done = 0
+        self._stops = tuple(stop for stop in stop_sequences if stop)
+        self._bounds = canvas_blocks(gen_length, block_length)
+        self._table = transfer_table(gen_length, block_length, steps)
+        self._block = 0
+        self._step_in_block = 0
+        self._emitted = len(committed)
+        # Where the answer ends, and the length of the sequence that ends it there.
+        self._stop_at: int | None = None
+        self._stop_length = 0
+        self._skip_decided_blocks()
+
+    @property
+    def gen_length(self) -> int:
+        return self.tokens.numel()
+
+    @property
+    def block(self) -> int:
+        """Index of the active canvas block (of the last one when the canvas is finished)."""
+        return min(self._block, len(self._bounds) - 1)
+
+    @property
+    def block_start(self) -> int:
+        return self._bounds[self.block][0]
+
+    @property
+    def step_in_block(self) -> int:
+        """Steps done within the active canvas block."""
+        return self._step_in_block
+
+    @property
+    def finished(self) -> bool:
+        return self._block >= len(self._bounds)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop sequence ended the answer."""
+        return self._stop_at is not None
+
+    def masked(self) -> Tensor:
+        """[gen_length] bool, the undecided positions."""
+        return self.tokens == self.mask_id
+
+    def masked_rows(self, start: int = 0) -> Tensor:
+        """Candidates of the next step, ascending: undecided positions from `start` to the end of the active block or the stop.
+
+        Positions of earlier blocks are among them when the model proposed the mask id there.
+        """
+        end = self._bounds[self.block][1]
+        if self._stop_at is not None:
+            end = min(end, self._stop_at)
+        rows = self.masked()[:end].nonzero()[:, 0]
+        return rows[rows >= start]
+
+    def tokens_to_commit(self) -> int:
+        """Size of the next commit, by the table of the active block."""
+        return self._table[self._block][self._step_in_block]
+
+    def commit(self, rows: Tensor, tokens: Tensor) -> None:
+        """Write `tokens` [selected] at canvas positions `rows` [selected] and move on to the next step."""
+        self.tokens[rows] = tokens
+        self.steps_done += 1
+        self._step_in_block += 1
+        self._find_stop()
+        if self._step_in_block == len(self._table[self._block]):
+            self._block, self._step_in_block = self._block + 1, 0
+        self._skip_decided_blocks()
+
+    def resolved_growth(self) -> list[int]:
+        """Tokens that became final since the last call: the canvas up to its first undecided position.
+
+        A stop sequence is included, nothing after it is. Ids never change once returned.
+        """
+        end = self.gen_length if self._stop_at is None else self._stop_at + self._stop_length
+        undecided = self.masked()[:end].nonzero()
+        if not self.finished and undecided.numel():
+            end = int(undecided[0, 0])
+        growth: list[int] = self.tokens[self._emitted : end].tolist()
+        self._emitted = max(self._emitted, end)
+        return growth
+
+    def answer(self) -> list[int]:
+        """The canvas, cut before the stop sequence if there is one."""
+        answer: list[int] = self.tokens[: self._stop_at].tolist()
+        return answer
+
+    def _skip_decided_blocks(self) -> None:
+        if self._stop_at is not None and not bool(self.masked()[: self._stop_at].any()):
+            self._block = len(self._bounds)
+            return
+        while not self.finished and self.masked_rows(self.block_start).numel() == 0:
+            self._block, self._step_in_block = self._block + 1, 0
+
+    def _find_stop(self) -> None:
+        if not self._stops:
+            return
+        ids: list[int] = self.tokens.tolist()
+        for stop in self._stops:
+            # A match may reach past the present stop, but only one that starts before it moves the stop.
+            limit = len(ids) if self._stop_at is None else self._stop_at
+            for start in range(limit):
+                if ids[start] == stop[0] and tuple(ids[start : start + len(stop)]) == stop:
+                    self._stop_at, self._stop_length = start, len(stop)
+                    break

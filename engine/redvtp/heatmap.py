@@ -1,0 +1,144 @@
+"""A picture of a pruning: what the model kept looking at, what was dropped, and how each patch scored.
+
+Patches that lost their visual token are grey; the rest keep their colours. Over both lies a tint of the scores, from blue
+(looked at least) to red. Where an image has a coarse first tile and a fine grid, the fine token of a patch decides; its grey
+is darker when the coarse token over it is gone too. `redvtp generate --heatmap` draws from a run, `draw_saved` from a stored trace or API response.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from redvtp.models.config import LladaVConfig
+from redvtp.trace import survivors
+from redvtp.vision.merge import visual_token_boxes
+from redvtp.vision.tiling import image_mode
+
+Box = tuple[float, float, float, float]
+Floats = NDArray[np.float32]
+
+# From least to most looked at: blue, cyan, green, yellow, red.
+_PALETTE = np.array([[40, 60, 190], [40, 180, 220], [90, 200, 90], [250, 215, 60], [220, 40, 30]], dtype=np.float32)
+_TINT_KEPT = 0.35
+_TINT_PRUNED = 0.12
+# Brightness of a pruned patch that the coarse tile still sees, and of one that nothing sees.
+_GREY_SEEN = 0.75
+_GREY_UNSEEN = 0.45
+_GAP = 8
+
+
+def draw(
+    images: Sequence[Image.Image], config: LladaVConfig, importance: Sequence[float], kept: Sequence[int]
+) -> Image.Image:
+    """The images of one request side by side, each in its own size.
+
+    importance: one score for each visual token of the request, images in order. kept: indices of those that stayed.
+    Raises ValueError when the scores are not those of these images.
+    """
+    mode = image_mode(config, len(images))
+    boxes = [visual_token_boxes(*image.size, config, mode.mode, mode.newline) for image in images]
+    total = sum(len(part) for part in boxes)
+    if total != len(importance):
+        raise ValueError(
+            f"{len(importance)} scores for {len(images)} image(s) that have {total} visual tokens together"
+        )
+    scores = _stretch(np.asarray(importance, dtype=np.float32))
+    stays = np.zeros(total, dtype=bool)
+    stays[list(kept)] = True
+    # In "anyres" the first side x side tokens of an image are its coarse tile.
+    coarse = config.tower.side**2 if mode.mode == "anyres" else 0
+    panels = []
+    first = 0
+    for image, part in zip(images, boxes, strict=True):
+        end = first + len(part)
+        panels.append(_panel(image, part, scores[first:end], stays[first:end], coarse))
+        first = end
+    return _side_by_side(panels)
+
+
+def draw_saved(images: Sequence[Image.Image], config: LladaVConfig, saved: Mapping[str, Any]) -> Image.Image:
+    """The same from a stored trace, or from an API response that was asked for with `"redvtp_report": "full"`.
+
+    Raises ValueError when there is no pruning in it.
+    """
+    report = (saved.get("kv_transfer_params") or {}).get("redvtp", saved)
+    prunings = report.get("prunings")
+    if prunings is None:
+        raise ValueError('no "prunings" in this response; ask for it with "redvtp_report": "full"')
+    if not prunings:
+        raise ValueError("nothing was pruned in this request, so there are no scores to draw")
+    return draw(images, config, prunings[0]["importance"], survivors(prunings))
+
+
+def _stretch(scores: Floats) -> Floats:
+    """Scores [visual] to [0, 1]. Attention is spread over orders of magnitude, so the tint shows the rank, not the value."""
+    if scores.size < 2:
+        return np.ones_like(scores)
+    ranks = np.empty_like(scores)
+    ranks[np.argsort(scores, kind="stable")] = np.arange(scores.size, dtype=np.float32)
+    return ranks / (scores.size - 1)
+
+
+def _panel(
+    image: Image.Image, boxes: Sequence[Box | None], scores: Floats, stays: NDArray[np.bool_], coarse: int
+) -> Image.Image:
+    """One image, drawn over. boxes, scores, stays: its visual tokens; the first `coarse` of them cover it once by themselves."""
+    shape = (image.height, image.width)
+    seen_coarse = _raster(boxes[:coarse], stays[:coarse].astype(np.float32), shape)
+    seen = _raster(boxes[coarse:], stays[coarse:].astype(np.float32), shape)
+    heat = _raster(boxes[coarse:], scores[coarse:], shape)
+    heat = np.where(np.isnan(heat), _raster(boxes[:coarse], scores[:coarse], shape), heat)
+
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
+    # Pixels that no fine token looks at (the tower drops a margin of each tile) follow the coarse tile.
+    kept = np.where(np.isnan(seen), np.nan_to_num(seen_coarse), seen) > 0
+    brightness = np.where(np.nan_to_num(seen_coarse) > 0, _GREY_SEEN, _GREY_UNSEEN)[..., None]
+    base = np.where(kept[..., None], pixels, grey * brightness)
+    tint = np.where(kept, _TINT_KEPT, _TINT_PRUNED) * ~np.isnan(heat)
+    drawn = base * (1 - tint[..., None]) + _colour(np.nan_to_num(heat)) * tint[..., None]
+    return Image.fromarray(drawn.round().clip(0, 255).astype(np.uint8), "RGB")
+
+
+def _raster(boxes: Sequence[Box | None], values: Floats, shape: tuple[int, int]) -> Floats:
+    """values [tokens] painted over their boxes: [height, width] float32, NaN where there is no box."""
+    painted = np.full(shape, np.nan, dtype=np.float32)
+    for box, value in zip(boxes, values, strict=True):
+        if box is None:
+            continue
+        left, top, right, bottom = box
+        if right > left and bottom > top:
+            rows, columns = _pixels(top, bottom, shape[0]), _pixels(left, right, shape[1])
+            painted[rows, columns] = np.fmax(painted[rows, columns], value)
+    return painted
+
+
+def _pixels(start: float, end: float, limit: int) -> slice:
+    """Pixels whose centre lies in [start, end), at least one: a small image has several tokens to a pixel."""
+    first = math.floor(start) if end - start < 1 else math.ceil(start - 0.5)
+    first = min(first, limit - 1)
+    return slice(first, max(first + 1, min(math.ceil(end - 0.5), limit)))
+
+
+def _colour(heat: Floats) -> Floats:
+    """[height, width] in [0, 1] to [height, width, 3] in [0, 255]."""
+    steps = np.linspace(0, 1, len(_PALETTE))
+    return np.stack([np.interp(heat, steps, _PALETTE[:, channel]) for channel in range(3)], axis=-1).astype(np.float32)
+
+
+def _side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
+    if len(panels) == 1:
+        return panels[0]
+    width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)
+    picture = Image.new("RGB", (width, max(panel.height for panel in panels)), "white")
+    left = 0
+    for panel in panels:
+        picture.paste(panel, (left, 0))
+        left += panel.width + _GAP
+    return picture

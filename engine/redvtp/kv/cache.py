@@ -1,0 +1,51 @@
+"""The paged keys and values of all layers, in the row-major layout [num_blocks, block_size, kv_heads, head_dim].
+
+Keys are stored with their rotary positions applied, as paged attention kernels expect them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class PagedKVCache:
+    """Key and value pages of this rank.
+
+    `from_pages` adopts tensors that somebody else (vLLM) accounts for; the constructor allocates them.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        # zeros, not empty: torch's allocator then takes untouched pages, so an unused cache costs no memory on a CPU.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.keys)
+
+    @staticmethod
+    def _rows(pages: Tensor) -> Tensor:
+        """[num_blocks * block_size, kv_heads, head_dim] view of one layer's pages."""
+        return pages.view(-1, *pages.shape[2:])
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store key and value [tokens, kv_heads, head_dim] at slots [tokens]."""
+        self._rows(self.keys[layer]).index_copy_(0, slots, key)
+        self._rows(self.values[layer]).index_copy_(0, slots, value)
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values [tokens, kv_heads, head_dim] at slots [tokens]."""
+        return self._rows(self.keys[layer]).index_select(0, slots), self._rows(self.values[layer]).index_select(0, slots)

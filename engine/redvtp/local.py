@@ -1,0 +1,239 @@
+"""LocalEngine: the embedded way to run a checkpoint, without a server and without vLLM.
+
+A free list of blocks, a first-come-first-served queue, and `DenoisingRunner`. It stays small on purpose: serving is vLLM's work.
+
+    engine = LocalEngine("path/to/checkpoint")
+    prompt = chat_prompt(engine.tokenizer, "What is shown?", num_images=1)
+    (answer,) = engine.generate([Request(prompt, (open_image("photo.jpg"),))])
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from tqdm import tqdm
+
+from redvtp.kv.blocks import BlockPool, blocks_needed
+from redvtp.kv.cache import PagedKVCache
+from redvtp.models.config import LladaVConfig, load_config
+from redvtp.models.llada_v import LladaV
+from redvtp.models.loading import checkpoint_weights, load_weights
+from redvtp.params import DenoisingParams, PruningParams
+from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
+from redvtp.runner import DenoisingRunner
+from redvtp.sequence import Sequence, StepReport
+from redvtp.vision.merge import visual_token_count
+from redvtp.vision.tiling import image_mode, tile_image
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Without --num-blocks the cache holds max_num_seqs long sequences, but no more than this unless one sequence alone needs it.
+CACHE_BYTES = 4 << 30
+
+
+@dataclass(frozen=True)
+class Request:
+    """prompt: the full templated text, with an `<image>` mark for each of `images` (PIL, RGB)."""
+
+    prompt: str
+    images: tuple[Image, ...] = ()
+    denoising: DenoisingParams = field(default_factory=DenoisingParams)
+    pruning: PruningParams = field(default_factory=PruningParams)
+
+
+@dataclass
+class Generation:
+    """A finished request. steps and step_ms: one entry for each denoising step; step_ms is shared by the whole batch."""
+
+    request: Request
+    prompt_tokens: int
+    visual_spans: tuple[tuple[int, int], ...]
+    output_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    steps: list[StepReport] = field(default_factory=list)
+    step_ms: list[float] = field(default_factory=list)
+
+    @property
+    def visual_tokens(self) -> int:
+        return sum(end - start for start, end in self.visual_spans)
+
+
+@dataclass
+class _Running:
+    sequence: Sequence
+    generation: Generation
+    blocks: list[int]
+
+
+class LocalEngine:
+    """One checkpoint, ready to generate.
+
+    model: checkpoint folder. dtype: float32, bfloat16, float16 or auto (the checkpoint's). block_size: tokens in a cache block.
+    num_blocks: cache blocks in all. max_model_len: longest prompt + canvas + suffix. config_overrides: config.json keys to
+    replace, such as {"image_aspect_ratio": "pad"}.
+
+    Raises ValueError for a checkpoint that is incomplete or of another architecture.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str | None = None,
+        block_size: int = 32,
+        num_blocks: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 8,
+        config_overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config: LladaVConfig = load_config(model, config_overrides)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = _torch_dtype(self.config.torch_dtype if dtype == "auto" else dtype)
+        self.tokenizer = load_tokenizer(model)
+        self.special = special_tokens(self.tokenizer)
+        self.model = _load_model(Path(model), self.config, self.dtype, self.device)
+        self.max_model_len = max_model_len or _longest(self.config)
+        self.max_num_seqs = max_num_seqs
+        self.cache = self._make_cache(block_size, num_blocks)
+        self.blocks = BlockPool(self.cache.num_blocks)
+        self.runner = DenoisingRunner(self.model, self.cache, self.special)
+
+    def generate(self, requests: list[Request], progress: bool = False) -> list[Generation]:
+        """Answer every request, in order. Raises ValueError before anything is computed if one of them cannot be served."""
+        prompts = [self.tokenize(request) for request in requests]
+        generations = [
+            Generation(request, len(prompt.ids), prompt.visual_spans)
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
+        waiting = deque(zip(generations, prompts, strict=True))
+        running: list[_Running] = []
+        with tqdm(total=len(requests), desc="requests", unit="req", disable=not progress) as bar:
+            try:
+                while waiting or running:
+                    self._admit(waiting, running)
+                    self._step(running)
+                    for entry in [entry for entry in running if entry.sequence.finished]:
+                        running.remove(entry)
+                        self._finish(entry)
+                        bar.update()
+            finally:
+                for entry in running:
+                    self.blocks.free(entry.blocks)
+        return generations
+
+    def tokenize(self, request: Request) -> PromptTokens:
+        """The prompt as tokens. Raises ValueError when it cannot be served: marks, image sizes, length."""
+        mode = image_mode(self.config, len(request.images))
+        counts = [visual_token_count(*image.size, self.config, mode.mode, mode.newline) for image in request.images]
+        pieces = split_prompt(self.tokenizer, request.prompt, len(request.images))
+        prompt = build_prompt_tokens(pieces, counts, self.special.placeholder_id)
+        extra = request.denoising.gen_length + len(self._encode(request.denoising.suffix))
+        if len(prompt.ids) + extra > self.max_model_len:
+            raise ValueError(
+                f"prompt ({len(prompt.ids):,} tokens, {sum(counts):,} of them visual) plus gen_length "
+                f"{request.denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use a "
+                f"smaller image"
+            )
+        if blocks_needed(len(prompt.ids) + extra, self.cache.block_size) > self.cache.num_blocks:
+            raise ValueError(
+                f"prompt plus gen_length needs {len(prompt.ids) + extra:,} tokens of KV cache, which has "
+                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks"
+            )
+        return prompt
+
+    @torch.inference_mode()
+    def sequence(self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str = "") -> Sequence:
+        """A sequence ready for its first step; runs the vision tower."""
+        mode = image_mode(self.config, len(request.images))
+        pixels = [tile_image(image, self.config, mode.mode) for image in request.images]
+        visual = self.model.encode_images(pixels, [image.size for image in request.images], mode)
+        ids = torch.tensor(prompt.ids, device=self.device)
+        return Sequence(
+            request_id,
+            self.model.embed_prompt(ids, prompt.visual_spans, visual),
+            prompt.visual_spans,
+            request.denoising,
+            request.pruning,
+            self.special,
+            stop_ids=tuple(tuple(self._encode(stop)) for stop in request.denoising.stop),
+            suffix_ids=tuple(self._encode(request.denoising.suffix)),
+            block_table=block_table,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return ids
+
+    def _admit(self, waiting: deque[tuple[Generation, PromptTokens]], running: list[_Running]) -> None:
+        while waiting and len(running) < self.max_num_seqs:
+            generation, prompt = waiting[0]
+            denoising = generation.request.denoising
+            tokens = len(prompt.ids) + denoising.gen_length + len(self._encode(denoising.suffix))
+            blocks = self.blocks.allocate(blocks_needed(tokens, self.cache.block_size))
+            if blocks is None:
+                return
+            waiting.popleft()
+            running.append(_Running(self.sequence(generation.request, prompt, list(blocks)), generation, blocks))
+
+    def _step(self, running: list[_Running]) -> None:
+        started = time.perf_counter()
+        reports = self.runner.step([entry.sequence for entry in running])
+        elapsed = (time.perf_counter() - started) * 1e3
+        for entry, report in zip(running, reports, strict=True):
+            entry.generation.steps.append(report)
+            entry.generation.step_ms.append(elapsed)
+            kept = len(entry.sequence.block_table)
+            self.blocks.free(entry.blocks[kept:])
+            del entry.blocks[kept:]
+
+    def _finish(self, entry: _Running) -> None:
+        self.blocks.free(entry.blocks)
+        generation = entry.generation
+        generation.output_ids = entry.sequence.output_ids
+        generation.text = str(self.tokenizer.decode(generation.output_ids, skip_special_tokens=True))
+        generation.finish_reason = entry.sequence.finish_reason or ""
+
+    def _make_cache(self, block_size: int, num_blocks: int | None) -> PagedKVCache:
+        config = self.config
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1, got {block_size}")
+        if num_blocks is None:
+            one = blocks_needed(self.max_model_len, block_size)
+            token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+            num_blocks = max(one, min(one * self.max_num_seqs, CACHE_BYTES // (token_bytes * block_size)))
+        return PagedKVCache(
+            config.num_hidden_layers,
+            num_blocks,
+            block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+            self.dtype,
+            self.device,
+        )
+
+
+def _longest(config: LladaVConfig) -> int:
+    return min(config.max_position_embeddings, config.tokenizer_model_max_length or config.max_position_embeddings)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or auto, got {name!r}")
+    return DTYPES[name]
+
+
+def _load_model(path: Path, config: LladaVConfig, dtype: torch.dtype, device: torch.device) -> LladaV:
+    # On the meta device first: an 8B model must not be initialised with random numbers only to be overwritten.
+    with torch.device("meta"):
+        model = LladaV(config)
+    model = model.to(dtype).to_empty(device=device)
+    load_weights(model, checkpoint_weights(path))
+    return model.eval().requires_grad_(False)

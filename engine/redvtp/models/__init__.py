@@ -1,0 +1,1 @@
+"""The models the engine runs: their configuration, their weights and their forward."""

@@ -1,0 +1,147 @@
+"""Real checkpoint layouts into our modules: which tensor goes where, and clear errors when they do not match.
+
+The engine loads with `load_weights(model, checkpoint_weights(model_dir))`; vLLM brings its own iterator of tensors and
+a `load_param` that calls its sharding weight loaders. The table below is read in both directions, so errors speak of
+the checkpoint's names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+INDEX = "model.safetensors.index.json"
+
+# (prefix in the checkpoint, prefix in LladaV); the first that fits wins.
+_PREFIXES = (
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
+    ("model.mm_projector.", "projector."),
+    ("model.image_newline", "image_newline"),
+    ("model.embed_tokens.", "language_model.embed_tokens."),
+    ("model.layers.", "language_model.layers."),
+    ("model.norm.", "language_model.norm."),
+    ("lm_head.", "language_model.lm_head."),
+)
+# The tower's final norm and pooling head come after the features that are used; the others are buffers older
+# transformers saved.
+_UNUSED = re.compile(
+    r"model\.vision_tower\.vision_tower\.vision_model\.(post_layernorm\.|head\.|embeddings\.position_ids$)"
+    r"|model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq$"
+)
+_TOWER_LAYER = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
+
+
+def checkpoint_weights(model_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the safetensors file or shards in `model_dir`, one at a time, under the checkpoint's names."""
+    for path in _weight_files(Path(model_dir)):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open's handle is not a mapping
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file (cut short while copying?): {error}") from error
+
+
+def _weight_files(model_dir: Path) -> list[Path]:
+    index = model_dir / INDEX
+    if not index.is_file():
+        single = model_dir / "model.safetensors"
+        if single.is_file():
+            return [single]
+        raise ValueError(f"no weights in {model_dir}: neither {INDEX} nor model.safetensors is there")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not a weight index: {error!r}") from error
+    files = [model_dir / name for name in names]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ValueError(f"{model_dir} lacks {_count(missing, 'weight file')} named in {INDEX}: {', '.join(missing)}")
+    return files
+
+
+def rename(name: str) -> str | None:
+    """The checkpoint's name -> the name in `LladaV`; None for a tensor that is left out on purpose.
+
+    A name no part of the model answers to comes back as it is, for `load_weights` to complain about.
+    """
+    if _UNUSED.match(name):
+        return None
+    for theirs, ours in _PREFIXES:
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def checkpoint_name(name: str) -> str:
+    """The name in `LladaV` -> the checkpoint's name."""
+    for theirs, ours in _PREFIXES:
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name
+
+
+def load_weights(
+    model: nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    load_param: Callable[[nn.Parameter, Tensor], None] | None = None,
+) -> set[str]:
+    """Fills every parameter of `model`; returns their names.
+
+    load_param: puts one tensor into one parameter, where that is more than a copy (a shard of it under tensor
+    parallelism). Raises ValueError naming, as the checkpoint does, every tensor that is missing, unknown, or of the
+    wrong shape.
+    """
+    parameters = dict(model.named_parameters())
+    tower_layers = {int(match.group(1)) for name in parameters if (match := _TOWER_LAYER.match(name))}
+    load = load_param or _copy
+    loaded: set[str] = set()
+    unknown: list[str] = []
+    for name, tensor in weights:
+        target = rename(name)
+        if target is None or _is_dropped_layer(target, tower_layers):
+            continue
+        if target not in parameters:
+            unknown.append(name)
+            continue
+        try:
+            load(parameters[target], tensor)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint tensor {name} of shape {list(tensor.shape)} does not fit the model: {error}"
+            ) from error
+        loaded.add(target)
+    if unknown:
+        raise ValueError(
+            f"checkpoint has {_count(unknown, 'tensor')} that the model does not: {', '.join(sorted(unknown))}"
+        )
+    missing = sorted(checkpoint_name(name) for name in parameters.keys() - loaded)
+    if missing:
+        raise ValueError(f"checkpoint lacks {_count(missing, 'tensor')}: {', '.join(missing)}")
+    return loaded
+
+
+def _copy(parameter: nn.Parameter, tensor: Tensor) -> None:
+    # copy_ broadcasts, which would hide a wrong shape.
+    if parameter.shape != tensor.shape:
+        raise ValueError(f"expected shape {list(parameter.shape)}")
+    with torch.no_grad():
+        parameter.copy_(tensor)
+
+
+def _is_dropped_layer(target: str, kept: set[int]) -> bool:
+    """True for the tower's layers after the last kept one; some checkpoints carry the whole tower."""
+    match = _TOWER_LAYER.match(target)
+    return match is not None and bool(kept) and int(match.group(1)) > max(kept)
+
+
+def _count(names: list[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'}"

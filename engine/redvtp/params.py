@@ -1,0 +1,125 @@
+"""What a client may ask of one request: how to denoise, and how to prune.
+
+The same two dataclasses stand behind the command line, the offline API and the server's knobs, so a value is checked once and
+refused with the same sentence everywhere. The messages are fit for an HTTP 400: knob, value, what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+CACHES = ("none", "prefix")
+REMASKINGS = ("low_confidence", "random")
+PRESETS = ("redvtp", "none")
+POSITIONS = ("compact", "original")
+
+DEFAULT_BLOCK_LENGTH = 32
+# A canvas above this is a typing error, not a wish: one tensor row for each token is laid out at once.
+MAX_GEN_LENGTH = 1 << 16
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class DenoisingParams:
+    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; cache: the Fast-dLLM prefix cache, arXiv 2505.22618).
+
+    gen_length: canvas length in tokens.
+    block_length: canvas positions decoded together; None is min(32, gen_length). The last canvas block may be shorter.
+    steps: denoising steps in all, spread evenly over the canvas blocks; None is half of gen_length, at least one a block.
+    temperature: of the Gumbel noise on the logits; 0 is greedy.
+    seed: of that noise and of `random` remasking; None draws a new one for each request.
+    remasking: which candidates a step commits: those with the highest confidence, or random ones.
+    stop: strings that end the answer wherever they appear on the canvas; not part of it.
+    suffix: text after the canvas, seen by every step, never overwritten, returned after the answer.
+    ignore_eos: the model's end tokens do not end the answer.
+    cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks.
+    refresh_interval: with `prefix`, every so many steps of a canvas block everything is recomputed.
+
+    Raises ValueError naming the knob, the value and what is allowed.
+    """
+
+    gen_length: int = 64
+    block_length: int | None = None
+    steps: int | None = None
+    temperature: float = 0.0
+    seed: int | None = None
+    remasking: str = "low_confidence"
+    stop: tuple[str, ...] = ()
+    suffix: str = ""
+    ignore_eos: bool = False
+    cache: str = "none"
+    refresh_interval: int = 32
+
+    def __post_init__(self) -> None:
+        _integer("gen_length", self.gen_length, 1, MAX_GEN_LENGTH)
+        if self.block_length is not None:
+            _integer("block_length", self.block_length, 1, self.gen_length)
+        if self.steps is not None:
+            _integer("steps", self.steps, 1, self.gen_length)
+            if self.steps < self.num_blocks:
+                raise ValueError(
+                    f"steps must be at least the number of canvas blocks ({self.num_blocks} blocks of "
+                    f"{self.resolved_block_length} in gen_length {self.gen_length}), got {self.steps}"
+                )
+        if not _is_number(self.temperature) or self.temperature < 0:
+            raise ValueError(f"temperature must be a number >= 0, got {self.temperature!r}")
+        if self.seed is not None:
+            _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        _one_of("remasking", self.remasking, REMASKINGS)
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
+            raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
+        if not isinstance(self.suffix, str):
+            raise ValueError(f"suffix must be a string, got {self.suffix!r}")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+        _one_of("cache", self.cache, CACHES)
+        _integer("refresh_interval", self.refresh_interval, 1)
+
+    @property
+    def resolved_block_length(self) -> int:
+        return self.block_length if self.block_length is not None else min(DEFAULT_BLOCK_LENGTH, self.gen_length)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.gen_length // self.resolved_block_length)
+
+    @property
+    def resolved_steps(self) -> int:
+        return self.steps if self.steps is not None else max(self.num_blocks, self.gen_length // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class PruningParams:
+    """When and how visual tokens are dropped (RedVTP, arXiv 2511.12428, section 3).
+
+    preset: `redvtp` prunes once, after the first denoising step; `none` keeps every visual token.
+    keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays.
+    positions: `compact` renumbers the survivors 0..n-1 (the reference), `original` keeps the positions they had.
+
+    Raises ValueError naming the knob, the value and what is allowed.
+    """
+
+    preset: str = "redvtp"
+    keep_ratio: float = 0.5
+    positions: str = "compact"
+
+    def __post_init__(self) -> None:
+        _one_of("pruning", self.preset, PRESETS)
+        if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
+            raise ValueError(f"keep_ratio must be a number in (0, 1], got {self.keep_ratio!r}")
+        _one_of("positions", self.positions, POSITIONS)

@@ -1,0 +1,1 @@
+"""Which visual tokens survive: scores from attention, a budget, and the choice."""

@@ -1,0 +1,188 @@
+"""One request inside the engine: its prompt embeddings, canvas, block table, and what pruning left of its visual tokens.
+
+A sequence is host bookkeeping plus one tensor of prompt embeddings; `DenoisingRunner` does the computing. The caller gives it
+cache blocks for `total_length` tokens and takes back those beyond the end of `block_table` after a step that pruned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from redvtp.denoising.canvas import Canvas
+from redvtp.params import DenoisingParams, PruningParams
+from redvtp.prompt import SpecialTokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The next step of a sequence: `full` computes every kept token, `response` only the canvas from the active block on."""
+
+    kind: str
+    tokens_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PruningReport:
+    """One pruning. importance: one number for each visual token before it; kept: ascending indices into those."""
+
+    step: int
+    layer: int | None
+    visual_before: int
+    visual_after: int
+    importance: list[float]
+    kept: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one denoising step did to one sequence. Plain numbers, so that it travels between processes.
+
+    new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. prompt_length: kept prompt
+    tokens after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will compute.
+    """
+
+    request_id: str
+    step: int
+    canvas_block: int
+    kind: str
+    tokens_computed: int
+    kv_tokens: int
+    kv_blocks: int
+    blocks_freed: int
+    new_tokens: list[int]
+    canvas: list[int]
+    prompt_length: int
+    finished: bool
+    finish_reason: str | None
+    next_tokens: int
+    pruning: PruningReport | None = field(default=None)
+
+
+class Sequence:
+    """State of one request.
+
+    prompt_embeds: [prompt, hidden], visual tokens in place. visual_spans: half-open ranges of the visual tokens in it, one for
+    each image. stop_ids: the stop strings as token sequences. suffix_ids: tokens after the canvas. block_table: cache blocks
+    for `total_length` tokens. committed: canvas tokens that were streamed before a preemption.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_embeds: Tensor,
+        visual_spans: tuple[tuple[int, int], ...],
+        denoising: DenoisingParams,
+        pruning: PruningParams,
+        special: SpecialTokens,
+        stop_ids: tuple[tuple[int, ...], ...] = (),
+        suffix_ids: tuple[int, ...] = (),
+        block_table: list[int] | None = None,
+        committed: tuple[int, ...] = (),
+    ) -> None:
+        self.request_id = request_id
+        self.denoising = denoising
+        self.pruning = pruning
+        self.prompt_embeds = prompt_embeds
+        self.prompt_positions = torch.arange(prompt_embeds.shape[0], device=prompt_embeds.device)
+        # Rows of the prompt that are visual tokens, ascending.
+        self.visual_rows = torch.tensor([row for start, end in visual_spans for row in range(start, end)], dtype=torch.int64)
+        self.suffix_ids = torch.tensor(suffix_ids, dtype=torch.int64)
+        self.canvas_position = prompt_embeds.shape[0]
+        self.block_table = block_table if block_table is not None else []
+        self._end_tokens = () if denoising.ignore_eos else (special.eos_id, special.eot_id)
+        self.canvas = Canvas(
+            denoising.gen_length,
+            denoising.resolved_block_length,
+            denoising.resolved_steps,
+            special.mask_id,
+            stop_ids + tuple((token,) for token in self._end_tokens),
+            committed,
+        )
+        self.generator = torch.Generator()
+        if denoising.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(denoising.seed)
+
+    @property
+    def prompt_length(self) -> int:
+        """Prompt tokens that are still there."""
+        return self.prompt_embeds.shape[0]
+
+    @property
+    def num_visual(self) -> int:
+        return self.visual_rows.numel()
+
+    @property
+    def gen_length(self) -> int:
+        return self.canvas.gen_length
+
+    @property
+    def total_length(self) -> int:
+        """Tokens whose keys and values the cache holds."""
+        return self.prompt_length + self.gen_length + self.suffix_ids.numel()
+
+    @property
+    def steps_done(self) -> int:
+        return self.canvas.steps_done
+
+    @property
+    def finished(self) -> bool:
+        return self.canvas.finished
+
+    @property
+    def finish_reason(self) -> str | None:
+        if not self.finished:
+            return None
+        return "stop" if self.canvas.stopped else "length"
+
+    @property
+    def output_ids(self) -> list[int]:
+        """The answer: cut before the stop, the suffix appended."""
+        suffix: list[int] = self.suffix_ids.tolist()
+        return self.canvas.answer() + suffix
+
+    def next_step(self) -> StepPlan:
+        """Whether the next step is full or a response step (DESIGN: decoding modes), and what it computes."""
+        cached = self.denoising.cache == "prefix" and self.canvas.step_in_block % self.denoising.refresh_interval != 0
+        if cached:
+            return StepPlan("response", self.total_length - self.prompt_length - self.canvas.block_start)
+        return StepPlan("full", self.total_length)
+
+    def prunes_next(self) -> bool:
+        """Whether the next step scores the visual tokens and drops some: RedVTP does at the first step."""
+        return self.pruning.preset == "redvtp" and self.steps_done == 0 and self.num_visual > 0
+
+    def response_positions(self, start: int = 0) -> Tensor:
+        """Positions of the canvas from row `start` on, and of the suffix behind it."""
+        first, end = self.canvas_position + start, self.canvas_position + self.gen_length + self.suffix_ids.numel()
+        return torch.arange(first, end, device=self.prompt_positions.device)
+
+    def drop_visual(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep only the visual tokens `kept` ([kept] int64, ascending, into the present ones).
+
+        Returns what compaction needs, over prompt, canvas and suffix: surviving rows, their positions before, and after.
+        """
+        before = torch.cat((self.prompt_positions, self.response_positions()))
+        survives = torch.ones(self.total_length, dtype=torch.bool)
+        survives[self.visual_rows] = False
+        survives[self.visual_rows[kept]] = True
+        rows = survives.nonzero()[:, 0]
+        prompt_survives = survives[: self.prompt_length]
+        is_visual = torch.zeros_like(prompt_survives)
+        is_visual[self.visual_rows] = True
+
+        self.visual_rows = is_visual[prompt_survives].nonzero()[:, 0]
+        prompt_rows = prompt_survives.nonzero()[:, 0].to(self.prompt_embeds.device)
+        self.prompt_embeds = self.prompt_embeds.index_select(0, prompt_rows)
+        if self.pruning.positions == "compact":
+            self.prompt_positions = torch.arange(self.prompt_length, device=self.prompt_embeds.device)
+            self.canvas_position = self.prompt_length
+        else:
+            self.prompt_positions = self.prompt_positions.index_select(0, prompt_rows)
+        after = torch.cat((self.prompt_positions, self.response_positions()))
+        rows = rows.to(before.device)
+        return rows, before[rows], after

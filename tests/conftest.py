@@ -1,0 +1,37 @@
+"""Fixtures every test may use: engines over the tiny checkpoints, loaded once a session, in float32.
+
+`engine("tiny-llada-v")` gives the engine of that checkpoint; further keywords (config_overrides, ...) make another.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from golden_data import checkpoint_dir
+from redvtp.local import LocalEngine
+
+EngineFactory = Callable[..., LocalEngine]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    # The tiny models gain nothing from more, and a machine that runs several test processes loses.
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def engine() -> EngineFactory:
+    """engine(checkpoint, **keywords of LocalEngine) -> LocalEngine, one for each distinct call."""
+    made: dict[str, LocalEngine] = {}
+
+    def make(checkpoint: str, **options: Any) -> LocalEngine:
+        key = json.dumps([checkpoint, options], sort_keys=True)
+        if key not in made:
+            made[key] = LocalEngine(checkpoint_dir(checkpoint), **{"dtype": "float32", "device": "cpu", **options})
+        return made[key]
+
+    return make

@@ -1,0 +1,169 @@
+"""Merging: the golden token order, and token counts and boxes that agree with it on any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_data import Case, cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from redvtp.models.config import LladaVConfig, load_config
+from redvtp.vision.merge import merge_tiles, visual_token_boxes, visual_token_count
+from redvtp.vision.tiling import ImageMode, choose_grid, image_mode, tile_image
+from safetensors import safe_open
+from torch import Tensor
+from vision_geometries import GEOMETRIES, LLADA_V, SIZES
+
+CONFIGS = st.sampled_from(list(GEOMETRIES.values()))
+MODES = st.sampled_from([ImageMode("anyres", True), ImageMode("pad", True), ImageMode("pad", False)])
+
+
+def _num_tiles(size: tuple[int, int], config: LladaVConfig, mode: ImageMode) -> int:
+    if mode.mode == "pad":
+        return 1
+    canvas = choose_grid(*size, config).canvas
+    return 1 + canvas[0] * canvas[1] // config.tower.image_size**2
+
+
+def _newline(case: Case) -> Tensor:
+    with safe_open(case.model_dir / "model.safetensors", "pt") as file:
+        newline: Tensor = file.get_tensor("model.image_newline")
+    return newline
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.image_files], ids=str)
+def test_count_from_the_size_equals_the_reference(case: Case) -> None:
+    config = load_config(case.model_dir, case.config_overrides)
+    sizes = case.meta["image_sizes"]
+    mode = image_mode(config, len(sizes))
+    counts = [visual_token_count(*size, config, mode.mode, mode.newline) for size in sizes]
+    assert sum(counts) == case.meta["num_visual_tokens_total"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case for case in cases(tensor="projected_features") if case.has("visual_tokens")],
+    ids=str,
+)
+def test_merged_projected_features_equal_the_reference(case: Case) -> None:
+    config = load_config(case.model_dir, case.config_overrides)
+    (width, height) = case.meta["image_sizes"][0]
+    features = case.base("projected_features")
+    merged = merge_tiles(features, (width, height), _newline(case), config, image_mode(config, 1))
+    # Only the scaled-down cases compute anything here, and they with the same function: equal to the last bits.
+    torch.testing.assert_close(merged, case.base("visual_tokens"), rtol=0, atol=1e-6)
+
+
+def test_square_image_of_four_tiles_has_the_most_tokens_of_llada_v() -> None:
+    assert visual_token_count(768, 768, LLADA_V, "anyres", True) == 729 + 54 * 55 == 3699
+
+
+@given(size=SIZES, config=CONFIGS, mode=MODES)
+@settings(deadline=None)
+def test_count_is_the_number_of_merged_tokens_and_of_boxes(
+    size: tuple[int, int], config: LladaVConfig, mode: ImageMode
+) -> None:
+    features = torch.zeros(_num_tiles(size, config, mode), config.tower.side**2, 1)
+    try:
+        count = visual_token_count(*size, config, mode.mode, mode.newline)
+    except ValueError as error:
+        assert "too narrow" in str(error)  # noqa: PT017 - only some sizes of some geometries are refused
+        with pytest.raises(ValueError, match="too narrow"):
+            merge_tiles(features, size, torch.ones(1), config, mode)
+        return
+    merged = merge_tiles(features, size, torch.ones(1), config, mode)
+    boxes = visual_token_boxes(*size, config, mode.mode, mode.newline)
+    assert merged.shape == (count, 1)
+    # The features are zeros and the newline is one, so the newlines show where they are.
+    assert [box is None for box in boxes] == [bool(value) for value in merged[:, 0]]
+
+
+def _merge_by_hand(features: Tensor, size: tuple[int, int], newline: Tensor, config: LladaVConfig) -> Tensor:
+    """The token order without any tensor trick, for grids that are not scaled down."""
+    side, tile = config.tower.side, config.tower.image_size
+    canvas = choose_grid(*size, config).canvas
+    across, down = canvas[0] // tile, canvas[1] // tile
+    cols, rows = across * side, down * side
+    skip_cols = skip_rows = 0
+    if size[0] / size[1] > cols / rows:
+        skip_rows = (rows - int(size[1] * (cols / size[0]))) // 2
+    else:
+        skip_cols = (cols - int(size[0] * (rows / size[1]))) // 2
+    tokens = list(features[0])
+    for row in range(skip_rows, rows - skip_rows):
+        for col in range(skip_cols, cols - skip_cols):
+            tokens.append(features[1 + row // side * across + col // side][row % side * side + col % side])
+        tokens.append(newline)
+    return torch.stack(tokens)
+
+
+@given(size=st.tuples(st.integers(1, 400), st.integers(1, 400)))
+@settings(deadline=None, max_examples=50)
+def test_unscaled_order_is_base_tile_then_rows_with_newlines(size: tuple[int, int]) -> None:
+    config = GEOMETRIES["no limit"]
+    mode = ImageMode("anyres", True)
+    features = torch.randn(_num_tiles(size, config, mode), config.tower.side**2, 3)
+    newline = torch.full((3,), 7.0)
+    assert torch.equal(
+        merge_tiles(features, size, newline, config, mode), _merge_by_hand(features, size, newline, config)
+    )
+
+
+def _position_image(width: int, height: int) -> Image.Image:
+    """Red grows from left to right, green from top to bottom, both from 0 to 255; blue is full, which padding is not."""
+    red = Image.linear_gradient("L").rotate(90).resize((width, height), Image.Resampling.BILINEAR)
+    green = Image.linear_gradient("L").resize((width, height), Image.Resampling.BILINEAR)
+    return Image.merge("RGB", (red, green, Image.new("L", (width, height), 255)))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-b", "no limit", "limit of one tile", "few pinpoints"])
+@pytest.mark.parametrize("mode", [ImageMode("anyres", True), ImageMode("pad", True), ImageMode("pad", False)], ids=str)
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (333, 140), (97, 500), (256, 256), (620, 410)])
+def test_a_token_is_made_of_the_pixels_in_its_box(name: str, mode: ImageMode, size: tuple[int, int]) -> None:
+    """Patches are averaged instead of run through a tower, so a token holds the mean position of the pixels it saw."""
+    config = GEOMETRIES[name]
+    side, patch = config.tower.side, config.tower.patch_size
+    tiles = tile_image(_position_image(*size), config, mode.mode)[:, :, : side * patch, : side * patch]
+    means = tiles.unfold(2, patch, patch).unfold(3, patch, patch).mean(dim=(-1, -2)).flatten(2).transpose(1, 2)
+    tokens = merge_tiles(means, size, torch.zeros(3), config, mode)
+    compared = 0
+    for token, box in zip(tokens, visual_token_boxes(*size, config, mode.mode, mode.newline), strict=True):
+        if box is None or token[2] < 0.999:
+            continue  # a newline, or padding is mixed in
+        centre = torch.tensor([(box[0] + box[2]) / 2 / size[0], (box[1] + box[3]) / 2 / size[1]])
+        # 2.5 % of a side: resize filters and the bytes of the gradient blur positions a little, a wrong patch is 5 % off or more.
+        assert (centre - (token[:2] + 1) / 2).abs().max() < 0.025
+        compared += 1
+    assert compared > len(tokens) / 3
+
+
+@given(size=SIZES, config=CONFIGS, mode=MODES)
+@settings(deadline=None)
+def test_boxes_lie_in_the_image(size: tuple[int, int], config: LladaVConfig, mode: ImageMode) -> None:
+    try:
+        boxes = visual_token_boxes(*size, config, mode.mode, mode.newline)
+    except ValueError as error:
+        assert "too narrow" in str(error)  # noqa: PT017 - see above
+        return
+    for left, top, right, bottom in filter(None, boxes):
+        assert 0 <= left <= right <= size[0]
+        assert 0 <= top <= bottom <= size[1]
+
+
+def test_line_of_pixels_keeps_its_base_tile_like_the_reference() -> None:
+    """Unpadding 1 row to 4 patches leaves none of them: the reference goes on with the base tile alone."""
+    config = GEOMETRIES["tiny"]
+    assert visual_token_count(20_000, 1, config, "anyres", True) == 16
+    # An odd number of patches leaves the middle row.
+    assert visual_token_count(20_000, 1, LLADA_V, "anyres", True) == 729 + 28
+
+
+def test_scaled_to_nothing_is_refused_with_the_size() -> None:
+    with pytest.raises(ValueError, match="image of 300x50 is too narrow"):
+        visual_token_count(300, 50, GEOMETRIES["one patch, one tile"], "anyres", True)
+
+
+def test_features_of_another_image_are_refused() -> None:
+    with pytest.raises(ValueError, match="image of 64x64 has 5 tiles, got features of 3"):
+        merge_tiles(torch.zeros(3, 16, 8), (64, 64), torch.zeros(8), GEOMETRIES["tiny"], ImageMode("anyres", True))

@@ -1,0 +1,76 @@
+"""LLaDA-V as vLLM's model loader sees it: the engine's plain torch model, with its linears swapped where ranks or a quantisation need it.
+
+vLLM instantiates the class, streams weights into `load_weights` and asks it nothing afterwards: the forward pass belongs to
+`redvtp.runner`, driven by `vllm_redvtp.runner`. The class name is the checkpoint's architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import SupportsMultiModal
+from vllm.model_executor.models.transformers.utils import replace_linear_class
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from redvtp.models.llada_v import LladaV
+from redvtp.models.loading import load_weights
+from redvtp.prompt import IMAGE_MARK
+from vllm_redvtp.config import llada_v_config
+from vllm_redvtp.processing import LladaVDummyInputs, LladaVProcessingInfo, LladaVProcessor
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+@MULTIMODAL_REGISTRY.register_processor(LladaVProcessor, info=LladaVProcessingInfo, dummy_inputs=LladaVDummyInputs)
+class LlavaLLaDAModelLM(LladaV, SupportsMultiModal):  # type: ignore[misc]
+    """The engine's model under the name vLLM knows."""
+
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str | None:
+        if modality != "image":
+            raise ValueError(f"LLaDA-V takes images only, got {modality}")
+        return IMAGE_MARK
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(llada_v_config(vllm_config.model_config))
+        if get_tensor_model_parallel_world_size() > 1 or vllm_config.quant_config is not None:
+            self._swap_linears(vllm_config.quant_config)
+
+    def _swap_linears(self, quant_config: Any) -> None:
+        """vLLM's parallel linears in the language model; they split, quantise and all-reduce by themselves."""
+        for index, layer in enumerate(self.language_model.layers):
+            for part in ("self_attn", "mlp"):
+                module = layer.get_submodule(part)
+                for name, child in list(module.named_children()):
+                    if isinstance(child, nn.Linear):
+                        path = f"language_model.layers.{index}.{part}.{name}"
+                        swapped = replace_linear_class(child, self.TP_PLAN[name], quant_config, prefix=path)
+                        setattr(module, name, swapped)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Names of the loaded parameters. Raises ValueError listing tensors that are missing, unknown or of a wrong shape."""
+        return load_weights(self, weights, _load_param)
+
+    # vLLM takes a class for a text-generation model by these three; diffusion decoding does not go through them.
+    def embed_input_ids(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.embed(input_ids)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotImplementedError("LLaDA-V decodes by diffusion: vllm_redvtp.runner drives it")
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        return self.language_model.logits(hidden_states, self.config.vocab_size)
+
+
+def _load_param(parameter: nn.Parameter, tensor: Tensor) -> None:
+    loader = getattr(parameter, "weight_loader", None)
+    if loader is None and parameter.shape != tensor.shape:
+        raise ValueError(f"expected shape {list(parameter.shape)}")
+    with torch.no_grad():
+        (loader or default_weight_loader)(parameter, tensor)

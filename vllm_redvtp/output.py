@@ -1,0 +1,23 @@
+"""What travels between our scheduler and our model runner beside vLLM's own fields. Plain data: it is pickled between processes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+from redvtp.sequence import StepReport
+
+
+@dataclass
+class DenoisingOutput(ModelRunnerOutput):  # type: ignore[misc]
+    """reports: request id -> what its step did. errors: request id -> why it cannot go on (the others can)."""
+
+    reports: dict[str, StepReport] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+def report_dict(report: StepReport) -> dict[str, Any]:
+    """A report as JSON-ready data for `kv_transfer_params`."""
+    return asdict(report)

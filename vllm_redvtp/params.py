@@ -1,0 +1,178 @@
+"""A client's knobs: `vllm_xargs` (HTTP) or `SamplingParams.extra_args` (offline) over the server's defaults, as engine parameters.
+
+A knob is a field of the engine's DenoisingParams or PruningParams with the prefix `redvtp_`; a new field is a new knob.
+`--additional-config '{"redvtp": {...}}'` sets defaults under the same names without the prefix. Values are judged by the engine's
+dataclasses, so every way in refuses with the same sentence; `RequestKnobs` makes vLLM's front-end ask before a request is queued.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
+
+from redvtp.params import DenoisingParams, PruningParams
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+PREFIX = "redvtp_"
+REPORTS = ("none", "summary", "full")
+DEFAULT_REPORT = "summary"
+
+# vLLM has its own names for these. gen_length is both: max_tokens, and a knob for who wants to be exact.
+_FROM_SAMPLING = {"temperature", "seed", "stop", "ignore_eos"}
+_DENOISING = {field.name for field in fields(DenoisingParams)} - _FROM_SAMPLING
+# `preset` alone would not say of what.
+_PRUNING = {"pruning" if field.name == "preset" else field.name: field.name for field in fields(PruningParams)}
+KNOBS = tuple(sorted(_DENOISING | set(_PRUNING) | {"report"}))
+
+
+@dataclass(frozen=True, slots=True)
+class RequestParams:
+    """One request in the engine's terms. report: how much of its story travels back with the answer."""
+
+    denoising: DenoisingParams
+    pruning: PruningParams
+    report: str
+
+
+def knob_values(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The redvtp knobs among a request's extra arguments, without their prefix. Raises ValueError for an unknown one."""
+    values = {name.removeprefix(PREFIX): value for name, value in (extra_args or {}).items() if name.startswith(PREFIX)}
+    for name in values:
+        if name not in KNOBS:
+            raise ValueError(f"unknown knob {PREFIX}{name}; allowed: {', '.join(PREFIX + knob for knob in KNOBS)}")
+    return values
+
+
+def server_defaults(vllm_config: VllmConfig) -> dict[str, Any]:
+    """`--additional-config '{"redvtp": {...}}'`. Raises ValueError for an unknown name or a value no request could have."""
+    config = vllm_config.additional_config
+    defaults = config.get("redvtp", {}) if isinstance(config, dict) else {}
+    if not isinstance(defaults, dict):
+        raise ValueError(f"additional_config 'redvtp' must be an object of knobs, got {defaults!r}")
+    for name in defaults:
+        if name not in KNOBS:
+            raise ValueError(f"additional_config has an unknown redvtp knob {name!r}; allowed: {', '.join(KNOBS)}")
+    build_params(SamplingParams(temperature=0.0), default_gen_length(defaults), defaults)
+    return dict(defaults)
+
+
+def default_gen_length(defaults: Mapping[str, Any]) -> int:
+    """The canvas of a request that names no length."""
+    length: int = defaults.get("gen_length", DenoisingParams().gen_length)
+    return length
+
+
+def canvas_length(asked: int | None, sampling: SamplingParams, defaults: Mapping[str, Any]) -> int:
+    """The canvas of a request whose client asked for `asked` tokens (None: it did not say)."""
+    knob = knob_values(sampling.extra_args).get("gen_length")
+    if knob is None:
+        return default_gen_length(defaults) if asked is None else asked
+    if asked not in (None, knob):
+        raise ValueError(f"{PREFIX}gen_length {knob!r} differs from max_tokens {asked}; send one of the two")
+    return int(DenoisingParams(gen_length=knob).gen_length)
+
+
+def build_params(
+    sampling: SamplingParams, gen_length: int, defaults: Mapping[str, Any], request_id: str = ""
+) -> RequestParams:
+    """Engine parameters of a request whose canvas is `gen_length` tokens. Raises ValueError naming knob, value and what is allowed."""
+    knobs = knob_values(sampling.extra_args)
+    values = {**defaults, **knobs, "gen_length": gen_length}
+    report = values.pop("report", DEFAULT_REPORT)
+    if report not in REPORTS:
+        raise ValueError(f"report must be one of {', '.join(REPORTS)}, got {report!r}")
+    pruning = PruningParams(**{field: values.pop(name) for name, field in _PRUNING.items() if name in values})
+    # A server default is a wish for canvases of the usual size; a shorter one takes what fits of it. A client's own value never bends.
+    bending = {name: values.pop(name) for name in ("block_length", "steps") if name in defaults and name not in knobs}
+    denoising = DenoisingParams(
+        **values,
+        temperature=sampling.temperature,
+        # Tensor-parallel ranks draw each for themselves, so every request has a seed that they agree on.
+        seed=sampling.seed if sampling.seed is not None else zlib.crc32(request_id.encode()),
+        stop=tuple(sampling.stop or ()),
+        ignore_eos=sampling.ignore_eos,
+    )
+    return RequestParams(_bend(denoising, bending), pruning, report)
+
+
+def _bend(denoising: DenoisingParams, wishes: Mapping[str, Any]) -> DenoisingParams:
+    """The server's block_length and steps, as far as this canvas allows."""
+    length = wishes.get("block_length")
+    if length is not None:
+        DenoisingParams(gen_length=max(denoising.gen_length, _positive("block_length", length)), block_length=length)
+        # Steps of the client's own that need longer blocks are refused by the dataclass, as they should be.
+        denoising = replace(denoising, block_length=min(length, denoising.gen_length))
+    steps = wishes.get("steps")
+    if steps is not None:
+        _positive("steps", steps)
+        denoising = replace(denoising, steps=min(max(steps, denoising.num_blocks), denoising.gen_length))
+    return denoising
+
+
+def _positive(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return value
+
+
+def refuse_unsupported(sampling: SamplingParams) -> None:
+    """Raises ValueError for a vLLM sampling option that has no meaning, or none yet, where a canvas is denoised."""
+    drawing = sampling.temperature > 0
+    used = {
+        "logprobs": sampling.logprobs is not None or sampling.logprob_token_ids is not None,
+        "prompt_logprobs": sampling.prompt_logprobs is not None or sampling.prompt_logprob_token_ids is not None,
+        "structured outputs (response_format, guided decoding, forced tool calls)": sampling.structured_outputs is not None,
+        "logit_bias": bool(sampling.logit_bias),
+        "min_tokens": bool(sampling.min_tokens),
+        "allowed_token_ids": sampling.allowed_token_ids is not None,
+        "bad_words": bool(sampling.bad_words),
+        "presence_penalty": bool(sampling.presence_penalty),
+        "frequency_penalty": bool(sampling.frequency_penalty),
+        "repetition_penalty": sampling.repetition_penalty != 1.0,
+        # At temperature 0 these change nothing, and many clients always send them.
+        "top_p": drawing and sampling.top_p < 1.0,
+        "top_k": drawing and sampling.top_k > 0,
+        "min_p": drawing and sampling.min_p > 0.0,
+    }
+    for option, asked in used.items():
+        if asked:
+            raise ValueError(f"{option} is not supported by diffusion decoding; leave it out")
+
+
+class RequestKnobs(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
+    """vLLM calls `validate_params` of every logits processor class for each request, in the front-end: HTTP 400 comes from here.
+
+    It is never instantiated, our runner samples by itself. vLLM's two model runners each demand their own base class.
+    Here only what needs no prompt and no server defaults is judged; `vllm_redvtp.planning` sees the rest.
+    """
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        try:
+            refuse_unsupported(sampling_params)
+            knobs = knob_values(sampling_params.extra_args)
+            PruningParams(**{field: knobs[name] for name, field in _PRUNING.items() if name in knobs})
+        except ValueError as error:
+            # The value is in the message and not in `value=`: a NaN there cannot be written as JSON.
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+
+    def __init__(self, *args: Any) -> None:
+        raise NotImplementedError("RequestKnobs only validates; the model runner of vllm-redvtp samples by itself")
+
+    def apply(self, logits: Any) -> Any:
+        raise NotImplementedError
+
+    def is_argmax_invariant(self) -> bool:
+        raise NotImplementedError
+
+    def update_state(self, batch_update: Any) -> None:
+        raise NotImplementedError

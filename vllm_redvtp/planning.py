@@ -1,0 +1,97 @@
+"""What a request will need, worked out once and the same in the front-end, the scheduler and the workers.
+
+`RequestPlanner.plan` turns a request's sampling parameters and prompt length into engine parameters and a number of KV tokens.
+The front-end plans to refuse early (HTTP 400), the scheduler to take blocks, the workers to build the sequence: all agree
+without talking.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm.sampling_params import SamplingParams
+
+from redvtp.kv.blocks import blocks_needed
+from redvtp.params import DenoisingParams
+from redvtp.prompt import special_tokens
+from vllm_redvtp.params import PREFIX, RequestParams, build_params, canvas_length, server_defaults
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm.config import VllmConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPlan:
+    """params with the canvas resolved; stop strings and suffix as token ids.
+
+    prompt_tokens: visual tokens included. kv_tokens: blocks for so many tokens are taken at admission.
+    """
+
+    params: RequestParams
+    stop_ids: tuple[tuple[int, ...], ...]
+    suffix_ids: tuple[int, ...]
+    prompt_tokens: int
+
+    @property
+    def denoising(self) -> DenoisingParams:
+        return self.params.denoising
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.prompt_tokens + self.denoising.gen_length + len(self.suffix_ids)
+
+
+class RequestPlanner:
+    """Plans requests for one server configuration."""
+
+    def __init__(self, vllm_config: VllmConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.special = special_tokens(tokenizer)
+        self._tokenizer = tokenizer
+        self._defaults = server_defaults(vllm_config)
+        self._max_model_len: int = vllm_config.model_config.max_model_len
+        self._cache_config = vllm_config.cache_config
+
+    def plan(
+        self, sampling: SamplingParams, prompt_tokens: int, request_id: str = "", asked: int | None = None
+    ) -> RequestPlan:
+        """Raises ValueError, fit for the client, for parameters no request may have.
+
+        asked: the client's max_tokens where that is known. Elsewhere it is read from `sampling`, where an unset one has become
+        exactly what is left of the context.
+        """
+        if asked is None and sampling.max_tokens != self._max_model_len - prompt_tokens:
+            asked = sampling.max_tokens
+        gen_length = canvas_length(asked, sampling, self._defaults)
+        params = build_params(sampling, gen_length, self._defaults, request_id)
+        return RequestPlan(
+            params,
+            stop_ids=tuple(self._encode(stop) for stop in params.denoising.stop),
+            suffix_ids=self._encode(params.denoising.suffix),
+            prompt_tokens=prompt_tokens,
+        )
+
+    def check_fits(self, plan: RequestPlan, visual_tokens: int) -> None:
+        """Raises ValueError when the request is too long for the model, or for the whole KV cache: it would wait for ever."""
+        parts = f"prompt ({plan.prompt_tokens:,} tokens, {visual_tokens:,} of them visual) plus gen_length {plan.denoising.gen_length}"
+        if plan.suffix_ids:
+            parts += f" plus a suffix of {len(plan.suffix_ids)} tokens"
+        if plan.kv_tokens > self._max_model_len:
+            raise ValueError(
+                f"{parts} exceeds max_model_len {self._max_model_len}; shorten gen_length (max_tokens) or use a smaller image"
+            )
+        blocks = self._cache_config.num_gpu_blocks
+        # vLLM keeps one block for itself. The front-end learns the number of blocks only after the engine has started.
+        if blocks is not None and blocks_needed(plan.kv_tokens, self._cache_config.block_size) > blocks - 1:
+            room = (blocks - 1) * self._cache_config.block_size
+            raise ValueError(f"{parts} needs {plan.kv_tokens:,} tokens of KV cache; the whole cache holds {room:,}")
+
+    @staticmethod
+    def settle(sampling: SamplingParams, gen_length: int) -> None:
+        """Write a canvas length into a request's own copy of its parameters, so that nobody resolves it to another one."""
+        sampling.max_tokens = gen_length
+        sampling.extra_args = {**(sampling.extra_args or {}), f"{PREFIX}gen_length": gen_length}
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False)) if text else ()

@@ -1,0 +1,128 @@
+"""The front-end's last look at a request: LLaDA-V's chat template, and everything that must be a 400 before the engine.
+
+vLLM clamps max_tokens to what is left of the context; for a canvas that would silently change the answer. The renderer knows what
+the client asked for and how long the prompt became, so it attaches a check to the rendered prompt, and vLLM's request validation
+runs it together with the sampling parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import DecompressionBombError
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.hf import HfRenderer
+from vllm.sampling_params import SamplingParams
+
+from redvtp.prompt import split_prompt
+from vllm_redvtp.planning import RequestPlanner
+from vllm_redvtp.processing import decode_prompt
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.renderers.params import ChatParams, TokenizeParams
+
+CHECK = "redvtp_check"
+CHAT_TEMPLATE = Path(__file__).parent / "templates" / "llada_v.jinja"
+_MARK = "_redvtp_request_check"
+
+
+@lru_cache(maxsize=1)
+def default_chat_template() -> str:
+    """LLaDA-V's conversation, with its default system message where a conversation has none."""
+    return CHAT_TEMPLATE.read_text(encoding="utf-8")
+
+
+class DiffusionRenderer(HfRenderer):  # type: ignore[misc]
+    """vLLM's Hugging Face renderer for LLaDA-V."""
+
+    def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer)
+        self._planner = RequestPlanner(config, self.get_tokenizer())
+        install_request_check()
+
+    def render_messages(self, messages: Any, params: ChatParams) -> Any:
+        with _image_errors():
+            return super().render_messages(messages, _with_template(params))
+
+    async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
+        with _image_errors():
+            return await super().render_messages_async(messages, _with_template(params))
+
+    def _process_singleton(
+        self, prompt: Any, *, skip_mm_cache: bool = False, tok_params: TokenizeParams | None = None
+    ) -> Any:
+        rendered = super()._process_singleton(prompt, skip_mm_cache=skip_mm_cache, tok_params=tok_params)
+        return self._with_check(rendered, tok_params)
+
+    async def _process_singleton_async(
+        self, prompt: Any, *, skip_mm_cache: bool = False, tok_params: TokenizeParams | None = None
+    ) -> Any:
+        rendered = await super()._process_singleton_async(prompt, skip_mm_cache=skip_mm_cache, tok_params=tok_params)
+        return self._with_check(rendered, tok_params)
+
+    def _with_check(self, rendered: dict[str, Any], tok_params: TokenizeParams | None) -> dict[str, Any]:
+        ids: list[int] = rendered["prompt_token_ids"]
+        if rendered["type"] == "token":
+            # With images the processor has done this; without, a mark would reach the model as text.
+            split_prompt(self.get_tokenizer(), decode_prompt(self.get_tokenizer(), ids), num_images=0)
+        spans = [span for ranges in rendered.get("mm_placeholders", {}).values() for span in ranges]
+        asked = tok_params.max_output_tokens if tok_params is not None else 0
+        rendered[CHECK] = partial(self._check, len(ids), sum(span.length for span in spans), asked)
+        return rendered
+
+    def _check(self, prompt_tokens: int, visual_tokens: int, asked: int, sampling: SamplingParams) -> None:
+        """asked: max_tokens as the client sent it, 0 where it sent none or the prompt did not come over HTTP."""
+        try:
+            plan = self._planner.plan(sampling, prompt_tokens, asked=asked or None)
+            self._planner.check_fits(plan, visual_tokens)
+        except ValueError as error:
+            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+        if asked and asked == sampling.max_tokens == self.model_config.max_model_len - prompt_tokens:
+            # Further on, a max_tokens that fills the context would read as "unset".
+            RequestPlanner.settle(sampling, asked)
+
+
+def install_request_check() -> None:
+    """Wrap the platform's `validate_request` so that it runs the check a rendered prompt of ours carries.
+
+    It is the only place before the engine where vLLM 0.32 shows a prompt and its sampling parameters together. Prompts of other
+    models carry no check. Goes when a renderer or processor may validate the two together.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original: Callable[..., None] = platform.validate_request
+    if getattr(original, _MARK, False):
+        return
+
+    def validate_request(cls: type, processed_inputs: Any, params: Any) -> None:
+        original(processed_inputs, params)
+        check = processed_inputs.get(CHECK)
+        if check is not None and isinstance(params, SamplingParams):
+            check(params)
+
+    setattr(validate_request, _MARK, True)
+    platform.validate_request = classmethod(validate_request)
+
+
+def _with_template(params: ChatParams) -> ChatParams:
+    """Ours, unless the operator (--chat-template) or the client chose one.
+
+    The template in LLaDA-V's tokenizer is not used: it lacks the system message the model was trained with.
+    """
+    return params if params.chat_template is not None else replace(params, chat_template=default_chat_template())
+
+
+class _image_errors:  # noqa: N801 - reads as a statement
+    """PIL's refusal of a decompression bomb is no ValueError, and vLLM would answer it with HTTP 500."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, DecompressionBombError):
+            raise VLLMValidationError(f"image refused: {error}") from error
