@@ -1,8 +1,9 @@
 """A picture of a pruning: what the model kept looking at, what was dropped, and how each patch scored.
 
-Patches that lost their visual token are grey; the rest keep their colours. Over both lies a tint of the scores, from blue
-(looked at least) to red. Where an image has a coarse first tile and a fine grid, the fine token of a patch decides; its grey
-is darker when the coarse token over it is gone too. `redvtp generate --heatmap` draws from a run, `draw_saved` from a stored trace or API response.
+Patches that lost their visual token are grey; the rest keep their colours. Over both lies a tint of the scores, from
+blue (looked at least) to red. Where an image has a coarse first tile and a fine grid, the fine token of a patch
+decides; its grey is darker when the coarse token over it is gone too. `redvtp generate --heatmap` draws from a run,
+`draw_saved` from a stored trace or API response.
 """
 
 from __future__ import annotations
@@ -77,18 +78,18 @@ def draw_saved(images: Sequence[Image.Image], config: LladaVConfig, saved: Mappi
 
 
 def _stretch(scores: Floats) -> Floats:
-    """Scores [visual] to [0, 1]. Attention is spread over orders of magnitude, so the tint shows the rank, not the value."""
+    """Scores [visual] to [0, 1] by rank: attention is spread over orders of magnitude, so values would show little."""
     if scores.size < 2:
         return np.ones_like(scores)
     ranks = np.empty_like(scores)
     ranks[np.argsort(scores, kind="stable")] = np.arange(scores.size, dtype=np.float32)
-    return ranks / (scores.size - 1)
+    return ranks / np.float32(scores.size - 1)
 
 
 def _panel(
     image: Image.Image, boxes: Sequence[Box | None], scores: Floats, stays: NDArray[np.bool_], coarse: int
 ) -> Image.Image:
-    """One image, drawn over. boxes, scores, stays: its visual tokens; the first `coarse` of them cover it once by themselves."""
+    """One image, drawn over. boxes, scores, stays: its visual tokens; the first `coarse` cover all of it."""
     shape = (image.height, image.width)
     seen_coarse = _raster(boxes[:coarse], stays[:coarse].astype(np.float32), shape)
     seen = _raster(boxes[coarse:], stays[coarse:].astype(np.float32), shape)

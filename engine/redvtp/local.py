@@ -1,6 +1,7 @@
 """LocalEngine: the embedded way to run a checkpoint, without a server and without vLLM.
 
-A free list of blocks, a first-come-first-served queue, and `DenoisingRunner`. It stays small on purpose: serving is vLLM's work.
+A free list of blocks, a first-come-first-served queue, and `DenoisingRunner`. It stays small on purpose: serving is
+vLLM's work.
 
     engine = LocalEngine("path/to/checkpoint")
     prompt = chat_prompt(engine.tokenizer, "What is shown?", num_images=1)
@@ -33,7 +34,8 @@ from redvtp.vision.merge import visual_token_count
 from redvtp.vision.tiling import image_mode, tile_image
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Without --num-blocks the cache holds max_num_seqs long sequences, but no more than this unless one sequence alone needs it.
+# Without --num-blocks the cache holds max_num_seqs long sequences, but no more than this unless one sequence alone
+# needs it.
 CACHE_BYTES = 4 << 30
 
 
@@ -49,7 +51,8 @@ class Request:
 
 @dataclass
 class Generation:
-    """A finished request. steps and step_ms: one entry for each denoising step; step_ms is shared by the whole batch."""
+    """A finished request. steps and step_ms: one entry for each denoising step; step_ms is shared by the whole
+    batch."""
 
     request: Request
     prompt_tokens: int
@@ -75,9 +78,10 @@ class _Running:
 class LocalEngine:
     """One checkpoint, ready to generate.
 
-    model: checkpoint folder. dtype: float32, bfloat16, float16 or auto (the checkpoint's). block_size: tokens in a cache block.
-    num_blocks: cache blocks in all. max_model_len: longest prompt + canvas + suffix. config_overrides: config.json keys to
-    replace, such as {"image_aspect_ratio": "pad"}.
+    model: checkpoint folder. dtype: float32, bfloat16, float16 or auto (the checkpoint's). block_size: tokens in a
+    cache block.
+    num_blocks: cache blocks in all. max_model_len: longest prompt + canvas + suffix. config_overrides: config.json
+    keys to replace, such as {"image_aspect_ratio": "pad"}.
 
     Raises ValueError for a checkpoint that is incomplete or of another architecture.
     """
@@ -107,7 +111,7 @@ class LocalEngine:
         self.runner = DenoisingRunner(self.model, self.cache, self.special)
 
     def generate(self, requests: list[Request], progress: bool = False) -> list[Generation]:
-        """Answer every request, in order. Raises ValueError before anything is computed if one of them cannot be served."""
+        """Answer every request, in order. Raises ValueError before any computing if one of them cannot be served."""
         prompts = [self.tokenize(request) for request in requests]
         generations = [
             Generation(request, len(prompt.ids), prompt.visual_spans)
@@ -139,8 +143,8 @@ class LocalEngine:
         if len(prompt.ids) + extra > self.max_model_len:
             raise ValueError(
                 f"prompt ({len(prompt.ids):,} tokens, {sum(counts):,} of them visual) plus gen_length "
-                f"{request.denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use a "
-                f"smaller image"
+                f"{request.denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use "
+                f"a smaller image"
             )
         if blocks_needed(len(prompt.ids) + extra, self.cache.block_size) > self.cache.num_blocks:
             raise ValueError(
@@ -150,7 +154,9 @@ class LocalEngine:
         return prompt
 
     @torch.inference_mode()
-    def sequence(self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str = "") -> Sequence:
+    def sequence(
+        self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str = ""
+    ) -> Sequence:
         """A sequence ready for its first step; runs the vision tower."""
         mode = image_mode(self.config, len(request.images))
         pixels = [tile_image(image, self.config, mode.mode) for image in request.images]
@@ -207,7 +213,9 @@ class LocalEngine:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         if num_blocks is None:
             one = blocks_needed(self.max_model_len, block_size)
-            token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+            token_bytes = (
+                2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+            )
             num_blocks = max(one, min(one * self.max_num_seqs, CACHE_BYTES // (token_bytes * block_size)))
         return PagedKVCache(
             config.num_hidden_layers,

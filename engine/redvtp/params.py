@@ -1,7 +1,7 @@
 """What a client may ask of one request: how to denoise, and how to prune.
 
-The same two dataclasses stand behind the command line, the offline API and the server's knobs, so a value is checked once and
-refused with the same sentence everywhere. The messages are fit for an HTTP 400: knob, value, what is allowed.
+The same two dataclasses stand behind the command line, the offline API and the server's knobs, so a value is checked
+once and refused with the same sentence everywhere. The messages are fit for an HTTP 400: knob, value, what is allowed.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DenoisingParams:
-    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; cache: the Fast-dLLM prefix cache, arXiv 2505.22618).
+    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; cache: the Fast-dLLM prefix cache, arXiv
+    2505.22618).
 
     gen_length: canvas length in tokens.
     block_length: canvas positions decoded together; None is min(32, gen_length). The last canvas block may be shorter.
-    steps: denoising steps in all, spread evenly over the canvas blocks; None is half of gen_length, at least one a block.
+    steps: denoising steps in all, spread evenly over the canvas blocks; None is half of gen_length, at least one a
+    block.
     temperature: of the Gumbel noise on the logits; 0 is greedy.
     seed: of that noise and of `random` remasking; None draws a new one for each request.
     remasking: which candidates a step commits: those with the highest confidence, or random ones.

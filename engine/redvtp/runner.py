@@ -1,7 +1,7 @@
 """One denoising step for a batch of sequences: pack, forward, propose, commit, prune.
 
-Sequences may be at different steps, full and response steps mixed; they share one packed forward without padding. The driver
-(`LocalEngine`, or vLLM's worker through vllm_redvtp) owns admission and block allocation.
+Sequences may be at different steps, full and response steps mixed; they share one packed forward without padding. The
+driver (`LocalEngine`, or vLLM's worker through vllm_redvtp) owns admission and block allocation.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from redvtp.sequence import PruningReport, Sequence, StepPlan, StepReport
 class PackedStep:
     """The forward of one step.
 
-    hidden: [tokens, hidden] of all sequences, before the final norm. segments: whose rows are whose. plans: what was computed.
+    hidden: [tokens, hidden] of all sequences, before the final norm. segments: whose rows are whose. plans: what was
+    computed.
     """
 
     hidden: Tensor
@@ -132,7 +133,10 @@ class DenoisingRunner:
             canvas_rows = sequence.prompt_length + sequence.canvas.masked().nonzero()[:, 0]
             config = self.model.config
             scores = AttentionScores(
-                canvas_rows.to(device), sequence.visual_rows.to(device), config.num_attention_heads, config.num_hidden_layers
+                canvas_rows.to(device),
+                sequence.visual_rows.to(device),
+                config.num_attention_heads,
+                config.num_hidden_layers,
             )
         return Segment(
             start=first_row,
@@ -143,7 +147,8 @@ class DenoisingRunner:
         )
 
     def _commit(self, batch: list[Sequence], packed: PackedStep) -> list[Tensor]:
-        """Propose for every candidate of the batch at once, commit the best of each sequence; the committed canvas rows."""
+        """Propose for every candidate of the batch at once, commit the best of each sequence; the committed canvas
+        rows."""
         # A response step computes nothing before the active block, so it has no proposals there.
         candidates = [
             sequence.canvas.masked_rows(0 if plan.kind == "full" else sequence.canvas.block_start)
@@ -172,7 +177,7 @@ class DenoisingRunner:
     def _prune(
         self, sequence: Sequence, scores: AttentionScores | None, still_masked: Tensor, step: int
     ) -> PruningReport | None:
-        """Drop the least looked-at visual tokens; nothing when this step does not score or nothing is left to decide."""
+        """Drop the least looked-at visual tokens; none when this step does not score or nothing is left to decide."""
         if scores is None or not bool(still_masked.any()):
             return None
         by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())

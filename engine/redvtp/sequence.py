@@ -1,7 +1,8 @@
-"""One request inside the engine: its prompt embeddings, canvas, block table, and what pruning left of its visual tokens.
+"""One request inside the engine: prompt embeddings, canvas, block table, and what pruning left of the visual tokens.
 
-A sequence is host bookkeeping plus one tensor of prompt embeddings; `DenoisingRunner` does the computing. The caller gives it
-cache blocks for `total_length` tokens and takes back those beyond the end of `block_table` after a step that pruned.
+A sequence is host bookkeeping plus one tensor of prompt embeddings; `DenoisingRunner` does the computing. The caller
+gives it cache blocks for `total_length` tokens and takes back those beyond the end of `block_table` after a step that
+pruned.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from redvtp.prompt import SpecialTokens
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The next step of a sequence: `full` computes every kept token, `response` only the canvas from the active block on."""
+    """The next step of a sequence: `full` computes every kept token, `response` only the canvas from the active block
+    on."""
 
     kind: str
     tokens_computed: int
@@ -40,8 +42,9 @@ class PruningReport:
 class StepReport:
     """What one denoising step did to one sequence. Plain numbers, so that it travels between processes.
 
-    new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. prompt_length: kept prompt
-    tokens after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will compute.
+    new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. prompt_length:
+    kept prompt tokens after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will
+    compute.
     """
 
     request_id: str
@@ -64,9 +67,10 @@ class StepReport:
 class Sequence:
     """State of one request.
 
-    prompt_embeds: [prompt, hidden], visual tokens in place. visual_spans: half-open ranges of the visual tokens in it, one for
-    each image. stop_ids: the stop strings as token sequences. suffix_ids: tokens after the canvas. block_table: cache blocks
-    for `total_length` tokens. committed: canvas tokens that were streamed before a preemption.
+    prompt_embeds: [prompt, hidden], visual tokens in place. visual_spans: half-open ranges of the visual tokens in it,
+    one for each image. stop_ids: the stop strings as token sequences. suffix_ids: tokens after the canvas.
+    block_table: cache blocks for `total_length` tokens. committed: canvas tokens that were streamed before a
+    preemption.
     """
 
     def __init__(
@@ -88,7 +92,9 @@ class Sequence:
         self.prompt_embeds = prompt_embeds
         self.prompt_positions = torch.arange(prompt_embeds.shape[0], device=prompt_embeds.device)
         # Rows of the prompt that are visual tokens, ascending.
-        self.visual_rows = torch.tensor([row for start, end in visual_spans for row in range(start, end)], dtype=torch.int64)
+        self.visual_rows = torch.tensor(
+            [row for start, end in visual_spans for row in range(start, end)], dtype=torch.int64
+        )
         self.suffix_ids = torch.tensor(suffix_ids, dtype=torch.int64)
         self.canvas_position = prompt_embeds.shape[0]
         self.block_table = block_table if block_table is not None else []
@@ -164,7 +170,8 @@ class Sequence:
     def drop_visual(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keep only the visual tokens `kept` ([kept] int64, ascending, into the present ones).
 
-        Returns what compaction needs, over prompt, canvas and suffix: surviving rows, their positions before, and after.
+        Returns what compaction needs, over prompt, canvas and suffix: surviving rows, their positions before, and
+        after.
         """
         before = torch.cat((self.prompt_positions, self.response_positions()))
         survives = torch.ones(self.total_length, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """What happened to one request, step by step, in the stable format of `redvtp generate --trace`.
 
-`trace_of_generation` reads a `Generation` of the embedded engine, `trace_of_report` the full report that the server sends back with
-an answer. Both give one plain dictionary, ready for JSON, whatever ran the request.
+`trace_of_generation` reads a `Generation` of the embedded engine, `trace_of_report` the full report that the server
+sends back with an answer. Both give one plain dictionary, ready for JSON, whatever ran the request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from redvtp.local import Generation
 
 
 class TraceStep(TypedDict):
-    """One denoising step. kv_tokens and kv_blocks are held after it; canvas has the mask id where nothing is decided."""
+    """One denoising step. kv_tokens, kv_blocks: held after it. canvas: ids, the mask id where nothing is decided."""
 
     step: int
     canvas_block: int

@@ -1,7 +1,7 @@
 """What attention must know about a packed batch: which rows belong to whom, and where each sequence's keys are.
 
-Tokens of all sequences lie one after another, without padding. A sequence in a full step brings all its keys with it; one in a
-response step brings the keys of its canvas and reads the rest from its pages.
+Tokens of all sequences lie one after another, without padding. A sequence in a full step brings all its keys with it;
+one in a response step brings the keys of its canvas and reads the rest from its pages.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Segment:
 
     start, end: its rows in the packed tensors.
     write_slots: [end - start] int64, where its new keys and values go.
-    read_slots: [kv_tokens] int64, where all its keys and values are after the write; None when its own rows are all of them.
+    read_slots: [kv_tokens] int64, where all its keys and values are after the write; None when its own rows are all of
+    them.
     scores: filled by attention when this step scores visual tokens.
     """
 

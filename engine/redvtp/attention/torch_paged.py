@@ -1,4 +1,4 @@
-"""The reference backend: pages are gathered and given to torch's scaled dot product attention. Runs on every device and dtype."""
+"""The reference backend: pages are gathered for torch's scaled dot product attention. Any device, any dtype."""
 
 from __future__ import annotations
 

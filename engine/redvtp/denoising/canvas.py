@@ -1,8 +1,8 @@
 """The response of one request while it is being decided.
 
-A canvas is `gen_length` token ids, the mask id where nothing is decided. It knows which canvas block is active, how many tokens
-the next step commits, where a stop sequence cut the answer, and how much of it may be streamed. Pure bookkeeping on the host;
-the model never appears here. Each step is `masked_rows()`, a forward over them, `commit(...)`.
+A canvas is `gen_length` token ids, the mask id where nothing is decided. It knows which canvas block is active, how
+many tokens the next step commits, where a stop sequence cut the answer, and how much of it may be streamed. Pure
+bookkeeping on the host; the model never appears here. Each step is `masked_rows()`, a forward over them, `commit(...)`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class Canvas:
     """State of one response (reference: LLaDA-V's generate loop; stop handling as there).
 
     gen_length, block_length, steps: see DenoisingParams.
-    mask_id: id of an undecided position. A step may propose the mask id itself: the position then stays undecided, and the
-        budget is spent (as in the reference), so the loop always ends.
-    stop_sequences: token sequences; the answer ends before the first position where one of them starts, wherever the model
-        decides it first.
+    mask_id: id of an undecided position. A step may propose the mask id itself: the position then stays undecided, and
+        the budget is spent (as in the reference), so the loop always ends.
+    stop_sequences: token sequences; the answer ends before the first position where one of them starts, wherever the
+        model decides it first.
     committed: leading tokens that are decided already (a request that was preempted after it had streamed them).
     """
 
@@ -80,7 +80,8 @@ class Canvas:
         return self.tokens == self.mask_id
 
     def masked_rows(self, start: int = 0) -> Tensor:
-        """Candidates of the next step, ascending: undecided positions from `start` to the end of the active block or the stop.
+        """Candidates of the next step, ascending: undecided positions from `start` to the end of the active block or
+        the stop.
 
         Positions of earlier blocks are among them when the model proposed the mask id there.
         """

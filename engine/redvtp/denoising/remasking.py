@@ -1,7 +1,7 @@
 """What a step proposes for each masked position, how sure it is, and which proposals it commits.
 
-Confidence is computed for the whole batch in one pass over the logits; the choice is made request by request on a handful of
-numbers.
+Confidence is computed for the whole batch in one pass over the logits; the choice is made request by request on a
+handful of numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# float64: two candidates that differ in the last float32 bit swap places, and with them every later step (LLaDA-V does the same).
+# float64: two candidates that differ in the last float32 bit swap places, and with them every later step (LLaDA-V does
+# the same).
 CONFIDENCE_DTYPE = torch.float64
 # Rows of float64 logits held at once: 64 rows of a 126k vocabulary are 64 MB.
 ROWS_AT_ONCE = 64
@@ -30,7 +31,7 @@ class Proposals:
 
 
 def suppress(logits: Tensor, suppressed: tuple[int, ...]) -> Tensor:
-    """Float32 logits [rows, vocab] in which `suppressed` ids can never win (LLaDA-V: bos, eos and the header tokens)."""
+    """Float32 logits [rows, vocab] where `suppressed` ids can never win (LLaDA-V: bos, eos, the header tokens)."""
     logits = logits.float()
     if suppressed:
         logits[:, list(suppressed)] = float("-inf")
@@ -40,8 +41,8 @@ def suppress(logits: Tensor, suppressed: tuple[int, ...]) -> Tensor:
 def gumbel_perturbed(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
     """Logits [rows, vocab] with Gumbel noise, float64, on the scale exp(logits) / (-log u)^T (reference: LLaDA).
 
-    Taken in the logarithm, which orders the same and cannot overflow. The noise is drawn on the CPU, so that a seed gives
-    the same answer on every device and every tensor-parallel rank.
+    Taken in the logarithm, which orders the same and cannot overflow. The noise is drawn on the CPU, so that a seed
+    gives the same answer on every device and every tensor-parallel rank.
     """
     noise = torch.rand(logits.shape, generator=generator, dtype=CONFIDENCE_DTYPE).clamp_min_(1e-300)
     return logits.to(CONFIDENCE_DTYPE) - temperature * (-noise.log()).log().to(logits.device)

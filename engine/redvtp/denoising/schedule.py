@@ -1,7 +1,8 @@
 """How many canvas tokens each denoising step commits.
 
-The even table of LLaDA: a block's tokens are spread over its steps, the remainder goes to the first steps. A request's steps
-are spread over its canvas blocks the same way, so a canvas that is no multiple of the block length needs no special case.
+The even table of LLaDA: a block's tokens are spread over its steps, the remainder goes to the first steps. A request's
+steps are spread over its canvas blocks the same way, so a canvas that is no multiple of the block length needs no
+special case.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Block arithmetic of the paged cache, and the small free list of the embedded driver.
 
-`blocks_needed` is the one formula by which the scheduler frees the tail of a block table and the runner cuts its own copy, so
-both agree on the new length without talking.
+`blocks_needed` is the one formula by which the scheduler frees the tail of a block table and the runner cuts its own
+copy, so both agree on the new length without talking.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def blocks_needed(tokens: int, block_size: int) -> int:
 
 
 def slots_of(block_table: Tensor, start: int, end: int, block_size: int) -> Tensor:
-    """Slots of the logical tokens [start, end) of a sequence: block id * block_size + offset. block_table: [blocks] int64."""
+    """Slots [end - start] of a sequence's tokens: block id * block_size + offset. block_table: [blocks] int64."""
     logical = torch.arange(start, end, device=block_table.device)
     return block_table[logical // block_size] * block_size + logical % block_size
 

@@ -48,4 +48,6 @@ class PagedKVCache:
 
     def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values [tokens, kv_heads, head_dim] at slots [tokens]."""
-        return self._rows(self.keys[layer]).index_select(0, slots), self._rows(self.values[layer]).index_select(0, slots)
+        return self._rows(self.keys[layer]).index_select(0, slots), self._rows(self.values[layer]).index_select(
+            0, slots
+        )

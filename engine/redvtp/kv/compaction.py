@@ -1,7 +1,8 @@
 """Which rows of a paged KV cache survive a pruning, and where they go.
 
-A plan is pure data (source slots, destination slots, how far each key's position moves), made once for each pruning on the host
-and applied to every layer by `compact`. All sources are read before any destination is written, because the two overlap.
+A plan is pure data (source slots, destination slots, how far each key's position moves), made once for each pruning on
+the host and applied to every layer by `compact`. All sources are read before any destination is written, because the
+two overlap.
 """
 
 from __future__ import annotations

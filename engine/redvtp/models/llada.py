@@ -1,7 +1,7 @@
 """The LLaDA language model: a Llama-shaped transformer without a causal mask, over packed tokens.
 
-Attention is handed in for each step (see redvtp.attention), so the model knows nothing of pages, batches or pruning. The linears
-are plain `nn.Linear`s; tensor parallelism and quantisation swap them from outside by `TP_PLAN`.
+Attention is handed in for each step (see redvtp.attention), so the model knows nothing of pages, batches or pruning.
+The linears are plain `nn.Linear`s; tensor parallelism and quantisation swap them from outside by `TP_PLAN`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ class RmsNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections of one attention layer. Head counts follow from the projections' widths, so a rank needs no special case."""
+    """Projections of one attention layer. Head counts follow from the projections' widths, so a rank needs no special
+    case."""
 
     def __init__(self, shape: LladaShape) -> None:
         super().__init__()
@@ -111,7 +112,8 @@ class LladaLayer(nn.Module):
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, layer, attention)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
 
 
 class Llada(nn.Module):

@@ -26,7 +26,9 @@ class LladaV(nn.Module):
         self.vision_tower = VisionTower(config.tower, config.mm_vision_select_layer)
         # mlp2x_gelu; the exact (erf) GELU, unlike the tower's tanh form (reference: LLaDA-V's projector builder).
         self.projector = nn.Sequential(
-            nn.Linear(config.mm_hidden_size, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+            nn.Linear(config.mm_hidden_size, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
         )
         self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
         self.language_model = Llada(config)

@@ -1,8 +1,8 @@
 """How much the undecided response looks at each visual token, summed up while the layers run.
 
-Only the rows of undecided canvas positions are scored, layer by layer, in float32, a few heads at a time: the largest temporary
-is [heads at once, rows, tokens], never tokens x tokens. The rows to average are known only after the step's commit, so the
-sum is kept for each row.
+Only the rows of undecided canvas positions are scored, layer by layer, in float32, a few heads at a time: the largest
+temporary is [heads at once, rows, tokens], never tokens x tokens. The rows to average are known only after the step's
+commit, so the sum is kept for each row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ CHUNK_BYTES = 8 << 20
 
 
 class AttentionScores:
-    """Attention of canvas rows to visual tokens, mean over layers and heads (RedVTP, arXiv 2511.12428, eq. for importance).
+    """Attention of canvas rows to visual tokens, mean over layers and heads (RedVTP, arXiv 2511.12428, eq. for
+    importance).
 
     rows: [rows] int64, the scored query rows, as offsets into the sequence's own tokens.
     visual: [visual] int64, the visual tokens, as offsets into the sequence's own tokens.
@@ -53,7 +54,8 @@ class AttentionScores:
 def masked_row_importance(attention: Tensor, still_masked: Tensor) -> Tensor:
     """Importance of each visual token to the response that is still undecided (RedVTP, section 3).
 
-    attention: [rows, visual] float32, mean over layers and heads. still_masked: [rows] bool, masked after this step's commit.
+    attention: [rows, visual] float32, mean over layers and heads. still_masked: [rows] bool, masked after this step's
+    commit.
     Returns [visual] float32. Raises ValueError when no row is masked: nothing is left to decide, so do not prune.
     """
     if not bool(still_masked.any()):

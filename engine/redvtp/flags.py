@@ -1,0 +1,188 @@
+"""The flags of `redvtp generate`, from the command line to checked parameters.
+
+Flags are named like the fields of `DenoisingParams` and `PruningParams`, and those classes refuse wrong values in
+their own words, so a mistake reads the same here as from the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from PIL import Image
+
+from redvtp.params import CACHES, POSITIONS, PRESETS, REMASKINGS, DenoisingParams, PruningParams
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Part of the command's interface for other models. Refused by name, so that nobody wonders whether they took effect.
+NOT_YET = ("threshold", "schedule_shift")
+
+
+class BadInput(Exception):
+    """Something the user can mend; the message is one line that says what and how."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a mistake with one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed flags; leaves the process with status 2 where argparse cannot make sense of them."""
+    parser = Parser(prog="redvtp", description="Diffusion vision-language models with visual-token pruning.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    generate = commands.add_parser(
+        "generate",
+        help="answer a question about images, or one without",
+        description="Answers a question about images (or about none) with a LLaDA-V checkpoint and prints the answer.",
+    )
+    generate.add_argument("model", metavar="MODEL", help="checkpoint folder, in the layout it was published in")
+    for add_flags in (_request_flags, _denoising_flags, _pruning_flags, _engine_flags, _output_flags):
+        add_flags(generate)
+    options = parser.parse_args(arguments)
+    # `--raw-prompt TEXT` and `--prompt TEXT --raw-prompt` say the same.
+    if isinstance(options.raw_prompt, str):
+        if options.prompt is not None:
+            parser.error("--prompt TEXT and --raw-prompt TEXT exclude each other")
+        options.prompt, options.raw_prompt = options.raw_prompt, True
+    return options
+
+
+def params_of(options: argparse.Namespace) -> tuple[DenoisingParams, PruningParams]:
+    """Raises ValueError or BadInput naming the first flag with a value that is not allowed."""
+    for name in NOT_YET:
+        if getattr(options, name) is not None:
+            raise BadInput(f"--{name.replace('_', '-')} is not supported for LLaDA-V; leave it out")
+    if options.schedule != "even":
+        raise BadInput(f"--schedule must be even, the only one for LLaDA-V, got {options.schedule!r}")
+    given = vars(options) | {"stop": tuple(options.stop), "preset": options.pruning}
+    return (
+        DenoisingParams(**{field.name: given[field.name] for field in fields(DenoisingParams)}),
+        PruningParams(**{field.name: given[field.name] for field in fields(PruningParams)}),
+    )
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """An answer that takes minutes must not be lost to a folder that is not there."""
+    for name in ("trace", "heatmap"):
+        path: Path | None = getattr(options, name)
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise BadInput(f"--{name} {path} cannot be written; name a file in a folder that exists")
+    if options.heatmap:
+        if Image.registered_extensions().get(options.heatmap.suffix.lower()) not in Image.SAVE:
+            raise BadInput(f"--heatmap {options.heatmap} does not end like an image file; use .png")
+        if not options.image:
+            raise BadInput("--heatmap needs an --image to draw on")
+        if options.pruning == "none":
+            raise BadInput("--heatmap needs scores, which --pruning none does not compute; leave one of them out")
+
+
+def positive(flag: str, value: object) -> int | None:
+    """`value` if it was not given or is a positive integer; BadInput otherwise."""
+    if value is None or (isinstance(value, int) and value > 0):
+        return value
+    raise BadInput(f"--{flag} must be an integer >= 1, got {value!r}")
+
+
+def _integer(text: str) -> int | str:
+    """A number where the text is one; anything else goes on as it is, for the knob itself to refuse."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _request_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("request").add_argument
+    add(
+        "--image",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="image files; leave it out for a text-only request",
+    )
+    add("--prompt", metavar="TEXT", help="the question; the images go in front of it")
+    add(
+        "--raw-prompt",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="TEXT",
+        help="take TEXT as the full templated prompt, with <image> where the images go",
+    )
+
+
+def _denoising_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("denoising").add_argument
+    usual: dict[str, Any] = {field.name: field.default for field in fields(DenoisingParams)}
+
+    def number(flag: str, metavar: str, text: str) -> None:
+        name = flag.replace("-", "_")
+        kind = _number if isinstance(usual[name], float) else _integer
+        shown = "" if usual[name] is None else " (default %(default)s)"
+        add(f"--{flag}", type=kind, default=usual[name], metavar=metavar, help=text + shown)
+
+    number("gen-length", "N", "length of the answer's canvas in tokens")
+    number("block-length", "N", "canvas positions decoded together (default 32, or the canvas if that is shorter)")
+    number("steps", "N", "denoising steps in all (default half the canvas length)")
+    number("temperature", "T", "noise on the choice of tokens; 0 is greedy")
+    number("seed", "S", "makes temperature and random remasking repeatable")
+    remasking = f"which tokens a step decides, {' or '.join(REMASKINGS)} (default %(default)s)"
+    add("--remasking", default=usual["remasking"], metavar="NAME", help=remasking)
+    stop = "strings that end the answer; they are not part of it"
+    add("--stop", nargs="+", action="extend", default=[], metavar="STR", help=stop)
+    add("--ignore-eos", action="store_true", help="go on after the model's end tokens")
+    add("--suffix", default=usual["suffix"], metavar="TEXT", help="text behind the canvas, seen at every step")
+    add("--schedule", default="even", metavar="NAME", help="how the tokens spread over the steps: even")
+    cache = f"{' or '.join(CACHES)}: recompute the prompt at every step, or keep its keys and values"
+    add("--cache", default=usual["cache"], metavar="NAME", help=f"{cache} (default %(default)s)")
+    number("refresh-interval", "N", "with --cache prefix, recompute everything every N steps")
+    for name in NOT_YET:
+        add(f"--{name.replace('_', '-')}", dest=name, help=argparse.SUPPRESS)
+
+
+def _pruning_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("visual-token pruning").add_argument
+    usual: dict[str, Any] = {field.name: field.default for field in fields(PruningParams)}
+    presets = f"{' or '.join(PRESETS)} (default %(default)s)"
+    add("--pruning", default=usual["preset"], metavar="PRESET", help=presets)
+    share = "share of the visual tokens kept, in (0, 1] (default %(default)s)"
+    add("--keep-ratio", type=_number, default=usual["keep_ratio"], metavar="R", help=share)
+    positions = f"{' or '.join(POSITIONS)}: renumber what survives, or not (default %(default)s)"
+    add("--positions", default=usual["positions"], metavar="NAME", help=positions)
+
+
+def _engine_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("engine").add_argument
+    engines = "local, which needs no vLLM, or vllm, in this process (default %(default)s)"
+    add("--engine", default="local", metavar="NAME", help=engines)
+    add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
+    length = "longest prompt and canvas together (default: what the checkpoint allows)"
+    add("--max-model-len", type=_integer, metavar="N", help=length)
+    add("--block-size", type=_integer, metavar="N", help="tokens in a block of the KV cache")
+
+
+def _output_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--trace", type=Path, metavar="FILE.json", help="write what each step did")
+    heatmap = "write the images with pruned patches greyed out and the scores laid over them"
+    add("--heatmap", type=Path, metavar="FILE.png", help=heatmap)
+    add("--json", action="store_true", help="print a JSON object with counts beside the answer")

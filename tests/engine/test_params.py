@@ -1,0 +1,55 @@
+"""Knobs: what is refused, with which sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from redvtp.params import DenoisingParams, PruningParams
+
+BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
+    ({"gen_length": 0}, r"gen_length must be an integer in \[1, 65536\], got 0"),
+    ({"gen_length": 10**9}, "gen_length must be"),
+    ({"gen_length": True}, "gen_length must be"),
+    ({"gen_length": 2.0}, "gen_length must be"),
+    ({"gen_length": 8, "block_length": 9}, r"block_length must be an integer in \[1, 8\], got 9"),
+    ({"gen_length": 8, "steps": 9}, r"steps must be an integer in \[1, 8\], got 9"),
+    ({"gen_length": 8, "block_length": 2, "steps": 3}, "steps must be at least the number of canvas blocks"),
+    ({"temperature": -0.1}, "temperature must be a number >= 0, got -0.1"),
+    ({"temperature": float("nan")}, "temperature must be"),
+    ({"seed": "x"}, "seed must be an integer"),
+    ({"remasking": "entropy"}, "remasking must be one of low_confidence, random, got 'entropy'"),
+    ({"stop": ("",)}, "stop must be non-empty strings"),
+    ({"stop": "eot"}, "stop must be non-empty strings"),
+    ({"suffix": 3}, "suffix must be a string"),
+    ({"ignore_eos": 1}, "ignore_eos must be true or false"),
+    ({"cache": "dual"}, "cache must be one of none, prefix, got 'dual'"),
+    ({"refresh_interval": 0}, "refresh_interval must be an integer >= 1, got 0"),
+]
+BAD_PRUNING: list[tuple[dict[str, Any], str]] = [
+    ({"keep_ratio": 0}, r"keep_ratio must be a number in \(0, 1\], got 0"),
+    ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \(0, 1\], got 1.5"),
+    ({"keep_ratio": "x"}, r"keep_ratio must be a number in \(0, 1\], got 'x'"),
+    ({"keep_ratio": float("nan")}, "keep_ratio must be"),
+    ({"preset": "fastv"}, "pruning must be one of redvtp, none, got 'fastv'"),
+    ({"positions": "shuffled"}, "positions must be one of compact, original, got 'shuffled'"),
+]
+
+
+@pytest.mark.parametrize(("knobs", "message"), BAD_DENOISING, ids=lambda value: str(value))
+def test_bad_denoising_knobs_are_named(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DenoisingParams(**knobs)
+
+
+@pytest.mark.parametrize(("knobs", "message"), BAD_PRUNING, ids=lambda value: str(value))
+def test_bad_pruning_knobs_are_named(knobs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruningParams(**knobs)
+
+
+@pytest.mark.parametrize(("gen", "block", "steps"), [(1, 1, 1), (2, 2, 1), (16, 16, 8), (96, 32, 48), (100, 32, 50)])
+def test_defaults_scale_with_the_canvas(gen: int, block: int, steps: int) -> None:
+    params = DenoisingParams(gen_length=gen)
+    assert (params.resolved_block_length, params.resolved_steps) == (block, steps)
