@@ -4,9 +4,9 @@
     python examples/chat_with_image.py photo.jpg --stream
     python examples/chat_with_image.py photo.jpg --heatmap pruned.png
 
-RedVTP's knobs travel in `vllm_xargs`, a field of vLLM's API; its report comes back in `kv_transfer_params`. Any other OpenAI
-client works the same way. --heatmap draws which patches were pruned; for that it reads the checkpoint's config.json, so it
-runs where the model folder is.
+RedVTP's knobs travel in `vllm_xargs`, a field of vLLM's API; its report comes back in `kv_transfer_params`. Any other
+OpenAI client works the same way. --heatmap draws which patches were pruned; for that it needs this package and the
+checkpoint's config.json, so it runs where the model folder is.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import openai
-
-from redvtp.heatmap import draw_saved
-from redvtp.models.config import load_config
-from redvtp.vision.images import open_image
 
 
 def main() -> int:
@@ -126,6 +122,11 @@ def whole_answer(client: openai.OpenAI, model: str, arguments: argparse.Namespac
 
 
 def draw(target: Path, images: list[Path], model_dir: Path, report: dict[str, Any]) -> None:
+    # Here, not above: without --heatmap this client needs nothing but openai, on whatever machine it runs.
+    from redvtp.heatmap import draw_saved
+    from redvtp.models.config import load_config
+    from redvtp.vision.images import open_image
+
     picture = draw_saved([open_image(path) for path in images], load_config(model_dir), report)
     picture.save(target)
     print(f"heat map: {target} (grey: pruned; blue to red: looked at least to most)")

@@ -1,10 +1,10 @@
 """Asks one question about every image of a folder, offline, and writes one JSON line for each answer.
 
-    python examples/offline_batch.py MODEL FOLDER --prompt "What is in the picture?" --output answers.jsonl --keep-ratio 0.25
+    python examples/offline_batch.py MODEL FOLDER --prompt "What is it?" --output answers.jsonl --keep-ratio 0.25
 
-Answers are written as they finish. Started again with the same --output, it goes on where it stopped: images that have an
-answer there are skipped, those that failed are tried again. A file that is no image, or an image the model cannot take, is
-reported in its line ({"image": ..., "error": ...}) and does not stop the others.
+Answers are written as they finish. Started again with the same --output, it goes on where it stopped: images that have
+an answer there are skipped, those that failed are tried again. A file that is no image, or an image the model cannot
+take, is reported in its line ({"image": ..., "error": ...}) and does not stop the others.
 """
 
 from __future__ import annotations
@@ -46,15 +46,13 @@ def main() -> int:
     )
     failed = 0
     with arguments.output.open("a", encoding="utf-8") as output, tqdm(total=len(todo), unit="image") as progress:
-        for start in range(0, len(todo), arguments.batch_size):
-            batch = todo[start : start + arguments.batch_size]
-            for line in answer(llm, sampling, arguments.prompt, batch):
-                output.write(json.dumps(line, ensure_ascii=False) + "\n")
-                output.flush()
-                progress.update()
-                if "error" in line:
-                    failed += 1
-                    tqdm.write(f"{line['image']}: {line['error']}", file=sys.stderr)
+        for line in answers(llm, sampling, arguments.prompt, todo, arguments.in_flight):
+            output.write(json.dumps(line, ensure_ascii=False) + "\n")
+            output.flush()
+            progress.update()
+            if "error" in line:
+                failed += 1
+                tqdm.write(f"{line['image']}: {line['error']}", file=sys.stderr)
     print(f"{len(todo) - failed} answers written to {arguments.output}, {failed} images failed", file=sys.stderr)
     return 1 if failed else 0
 
@@ -69,14 +67,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep-ratio", type=float, default=0.5, help="visual tokens kept (default: %(default)s)")
     parser.add_argument("--cache", choices=("none", "prefix"), default="none", help="default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
-    parser.add_argument(
-        "--batch-size", type=int, default=32, help="images handed to vLLM at once (default: %(default)s)"
-    )
+    parser.add_argument("--in-flight", type=int, default=64, help="requests in vLLM at once (default: %(default)s)")
     arguments = parser.parse_args()
     if not arguments.folder.is_dir():
         parser.error(f"{arguments.folder} is not a folder")
-    if arguments.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    if arguments.in_flight < 1:
+        parser.error(f"--in-flight must be at least 1, got {arguments.in_flight}")
     return arguments
 
 
@@ -92,35 +88,38 @@ def answered(output: Path) -> set[str]:
     return {line["image"] for line in lines if "answer" in line}
 
 
-def answer(llm: LLM, sampling: SamplingParams, prompt: str, batch: list[Path]) -> Iterator[dict[str, Any]]:
-    """One line for each image of the batch, in any order; nothing it meets in an image stops it."""
-    conversations: dict[str, list[Any]] = {}
-    for path in batch:
-        try:
-            image = open_image(path)
-        except (OSError, ValueError) as error:
-            yield {"image": path.name, "error": str(error)}
-            continue
-        content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": prompt}]
-        conversations[path.name] = [{"role": "user", "content": content}]
-    try:
-        outputs = llm.chat(list(conversations.values()), sampling, use_tqdm=False)
-    except ValueError:
-        # vLLM refuses a whole list for one request it cannot take (too long for the model, say): find the culprit.
-        for name, conversation in conversations.items():
+def answers(
+    llm: LLM, sampling: SamplingParams, prompt: str, images: list[Path], in_flight: int
+) -> Iterator[dict[str, Any]]:
+    """One line for each image, as they finish.
+
+    llm.chat() would hand all answers over at the end, and refuse the whole list for one bad image. This is what it does
+    inside, one request at a time, with at most `in_flight` decoded images in memory.
+    """
+    waiting = iter(images)
+    running: dict[str, str] = {}
+    while True:
+        while len(running) < in_flight and (path := next(waiting, None)):
             try:
-                yield line(name, llm.chat(conversation, sampling, use_tqdm=False)[0])
-            except ValueError as error:
-                yield {"image": name, "error": str(error)}
-        return
-    for name, output in zip(conversations, outputs, strict=True):
-        yield line(name, output)
+                content = [{"type": "image_pil", "image_pil": open_image(path)}, {"type": "text", "text": prompt}]
+                conversation: list[Any] = [{"role": "user", "content": content}]
+                (request_id,) = llm.enqueue_chat(conversation, sampling, use_tqdm=False)
+                running[request_id] = path.name
+            except (OSError, ValueError) as error:
+                yield {"image": path.name, "error": str(error)}
+        if not running:
+            return
+        for output in llm.llm_engine.step():
+            if output.finished:
+                yield answer_line(running.pop(output.request_id), output)
 
 
-def line(name: str, output: Any) -> dict[str, Any]:
+def answer_line(image: str, output: Any) -> dict[str, Any]:
     completion = output.outputs[0]
+    if completion.finish_reason == "error":
+        return {"image": image, "error": str(completion.stop_reason or "the engine could not answer; see its log")}
     report = (output.kv_transfer_params or {}).get("redvtp", {})
-    return {"image": name, "answer": completion.text, "finish_reason": completion.finish_reason, **report}
+    return {"image": image, "answer": completion.text, "finish_reason": completion.finish_reason, **report}
 
 
 if __name__ == "__main__":

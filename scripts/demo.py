@@ -1,7 +1,7 @@
 """Serves a checkpoint with `vllm serve --plugin redvtp`, asks it about a photo over the OpenAI API, and stops it again.
 
-`scripts/demo.sh` makes the environment and runs this. The default checkpoint is the small one of the test data: its weights are
-random, so its answer means nothing, but everything from the HTTP request to the freed KV blocks is what a real one goes through.
+`scripts/demo.sh` makes the environment and runs this. The default checkpoint is the small one of the test data: its
+weights are random, so its answer means nothing, but all else, from the HTTP request to the freed KV blocks, is real.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> int:
         print(f"asking about {shown(arguments.image)}: {arguments.prompt}")
         client = [sys.executable, str(ROOT / "examples" / "chat_with_image.py"), str(arguments.image)]
         client += ["--base-url", f"http://127.0.0.1:{port}/v1", "--prompt", arguments.prompt]
-        client += ["--keep-ratio", str(arguments.keep_ratio), "--heatmap", str(heatmap)]
+        client += ["--keep-ratio", str(arguments.keep_ratio), "--heatmap", shown(heatmap)]
         # A proxy in the environment has no business between two processes of this machine.
         status = subprocess.run(client, check=False, env=os.environ | {"NO_PROXY": "127.0.0.1"}).returncode
     if status:
@@ -140,9 +140,9 @@ def finish_line() -> None:
 
 
 def shown(path: Path) -> str:
-    """The path as a person in the repository's folder would type it."""
+    """The path as a person in the present folder would type it."""
     resolved = path.resolve()
-    return str(resolved.relative_to(ROOT)) if resolved.is_relative_to(ROOT) else str(path)
+    return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(resolved)
 
 
 if __name__ == "__main__":

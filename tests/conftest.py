@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from golden_data import checkpoint_dir
 from redvtp.local import LocalEngine
 
@@ -18,9 +19,10 @@ EngineFactory = Callable[..., LocalEngine]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    # The tiny models gain nothing from more, and a machine that runs several test processes loses.
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    # A second thread is of no use to models this small; where other processes want the core, it waits for them at every
+    # matrix product: three times slower on a busy machine.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from golden_data import checkpoint_dir
 from hypothesis import strategies
+
 from redvtp.models.config import SO400M_PATCH14_384, LladaVConfig, TowerConfig, load_config
 
 

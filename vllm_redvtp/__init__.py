@@ -1,8 +1,8 @@
 """vllm-redvtp: serves diffusion vision-language models in vLLM and prunes their visual tokens while they decode.
 
-vLLM finds `register` through the entry point `vllm.general_plugins: redvtp` and calls it in every process it starts. It only
-writes names into vLLM's registries; models, tokenizers and workers are imported by vLLM when a LLaDA-V checkpoint is served. Other
-models are served as if the plugin were not there.
+vLLM finds `register` through the entry point `vllm.general_plugins: redvtp` and calls it in every process it starts.
+It only writes names into vLLM's registries; models, tokenizers and workers are imported by vLLM when a LLaDA-V
+checkpoint is served. Other models are served as if the plugin were not there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def register() -> None:
     AutoConfig.register(LlavaLladaConfig.model_type, LlavaLladaConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "vllm_redvtp.models:LlavaLLaDAModelLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = LladaVModelConfig
-    # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer (as vLLM's own "inkling" mode does).
+    # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer (as vLLM's own "inkling"
+    # mode does).
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.renderer", "DiffusionRenderer")
     register_chat_template_fallback_path(

@@ -1,7 +1,7 @@
-"""The option `--plugin NAME` of `vllm serve`: start only if that plugin is installed, and see that every process loads it.
+"""The option `--plugin NAME` of `vllm serve`: start only if that plugin is installed, and let every process load it.
 
-vLLM loads installed plugins without being asked, so the option is a check, not a switch: `vllm serve MODEL --plugin redvtp` fails
-at once where a typing error or a missing installation would otherwise show up as an unknown model.
+vLLM loads installed plugins without being asked, so the option is a check, not a switch: `vllm serve MODEL --plugin
+redvtp` fails at once where a typing error or a missing installation would otherwise show up as an unknown model.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ class PluginAction(argparse.Action):
 def install_plugin_option() -> None:
     """Wrap `EngineArgs.add_cli_args` so that its parser knows `--plugin`.
 
-    vLLM 0.32 has no hook for options of plugins. `AsyncEngineArgs.add_cli_args` loads the plugins first and calls the wrapped
-    function next, so the wrap is in time. Goes when vLLM has a `--plugin` of its own: an option that is there is left alone.
+    vLLM 0.32 has no hook for options of plugins. `AsyncEngineArgs.add_cli_args` loads the plugins first and calls the
+    wrapped function next, so the wrap is in time. Goes when vLLM has a `--plugin` of its own: an option that is there
+    is left alone.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -67,4 +68,4 @@ def install_plugin_option() -> None:
         return parser
 
     setattr(add_cli_args, _MARK, True)
-    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)  # type: ignore[method-assign]

@@ -1,7 +1,8 @@
 """How vLLM must be set up to serve LLaDA-V: the Hugging Face config class, and the hook that adjusts vLLM's own config.
 
-`LladaVModelConfig` sits in vLLM's MODELS_CONFIG_MAP and runs before workers, scheduler and tokenizers are chosen, once in every
-process that builds a config; engine and workers receive the finished one. What cannot work is refused here, with a sentence.
+`LladaVModelConfig` sits in vLLM's MODELS_CONFIG_MAP and runs before workers, scheduler and tokenizers are chosen,
+once in every process that builds a config; engine and workers receive the finished one. What cannot work is refused
+here, with a sentence.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from transformers import PretrainedConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from redvtp.models.config import ARCHITECTURE, LladaVConfig
 
@@ -26,23 +28,23 @@ CPU_KV_CACHE_REQUESTS = 8
 CPU_KV_CACHE_BYTES = 4 << 30
 
 
-class LlavaLladaConfig(PretrainedConfig):  # type: ignore[misc]
+class LlavaLladaConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
     """config.json of a LLaDA-V checkpoint as it stands; `llada_v_config` gives its meaning."""
 
     model_type = "llava_llada"
 
 
 def llada_v_config(model_config: ModelConfig) -> LladaVConfig:
-    """The engine's view of the served checkpoint, `--hf-overrides` included. Raises ValueError for what it cannot run."""
+    """The engine's view of the served checkpoint, `--hf-overrides` included. Raises ValueError if it cannot run it."""
     return LladaVConfig.from_dict(model_config.hf_config.to_dict(), model_config.model)
 
 
-class LladaVModelConfig:
+class LladaVModelConfig(VerifyAndUpdateConfig):
     """MODELS_CONFIG_MAP entry of LLaDA-V."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Before anything is loaded: the checkpoint is one we can run; tokenizer, templates and request checks are ours."""
+        """Before anything is loaded: can we run it? Tokenizer mode, chat template and request checks become ours."""
         llada_v_config(model_config)
         if model_config.skip_tokenizer_init:
             raise ValueError("LLaDA-V needs its tokenizer to find the mask token; do not use --skip-tokenizer-init")
@@ -94,7 +96,9 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     }
     for feature, wanted in refused.items():
         if wanted:
-            raise ValueError(f"{feature} is not supported for diffusion decoding of LLaDA-V; start the server without it")
+            raise ValueError(
+                f"{feature} is not supported for diffusion decoding of LLaDA-V; start the server without it"
+            )
     config = llada_v_config(vllm_config.model_config)
     ranks = parallel.tensor_parallel_size
     if config.num_key_value_heads % ranks:
@@ -159,4 +163,4 @@ def _cpu_kv_cache_bytes(vllm_config: VllmConfig) -> int:
     block_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize * block_size
     # One block more: vLLM keeps block 0 to itself.
     longest = (-(-model.max_model_len // block_size) + 1) * block_bytes
-    return max(longest, min(CPU_KV_CACHE_REQUESTS * longest, CPU_KV_CACHE_BYTES))
+    return int(max(longest, min(CPU_KV_CACHE_REQUESTS * longest, CPU_KV_CACHE_BYTES)))

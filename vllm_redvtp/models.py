@@ -1,13 +1,13 @@
-"""LLaDA-V as vLLM's model loader sees it: the engine's plain torch model, with its linears swapped where ranks or a quantisation need it.
+"""LLaDA-V as vLLM's model loader sees it: the engine's model, its linears swapped where they are split or quantised.
 
-vLLM instantiates the class, streams weights into `load_weights` and asks it nothing afterwards: the forward pass belongs to
-`redvtp.runner`, driven by `vllm_redvtp.runner`. The class name is the checkpoint's architecture.
+vLLM instantiates the class, streams weights into `load_weights` and asks it nothing afterwards: the forward pass
+belongs to `redvtp.runner`, driven by `vllm_redvtp.runner`. The class name is the checkpoint's architecture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @MULTIMODAL_REGISTRY.register_processor(LladaVProcessor, info=LladaVProcessingInfo, dummy_inputs=LladaVDummyInputs)
-class LlavaLLaDAModelLM(LladaV, SupportsMultiModal):  # type: ignore[misc]
+class LlavaLLaDAModelLM(LladaV, SupportsMultiModal):
     """The engine's model under the name vLLM knows."""
 
     @classmethod
@@ -50,11 +50,11 @@ class LlavaLLaDAModelLM(LladaV, SupportsMultiModal):  # type: ignore[misc]
                 for name, child in list(module.named_children()):
                     if isinstance(child, nn.Linear):
                         path = f"language_model.layers.{index}.{part}.{name}"
-                        swapped = replace_linear_class(child, self.TP_PLAN[name], quant_config, prefix=path)
+                        swapped = replace_linear_class(child, cast(Any, self.TP_PLAN[name]), quant_config, prefix=path)
                         setattr(module, name, swapped)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Names of the loaded parameters. Raises ValueError listing tensors that are missing, unknown or of a wrong shape."""
+        """Names of the loaded parameters. Raises ValueError naming tensors that are missing, unknown or misshapen."""
         return load_weights(self, weights, _load_param)
 
     # vLLM takes a class for a text-generation model by these three; diffusion decoding does not go through them.

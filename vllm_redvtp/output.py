@@ -1,4 +1,4 @@
-"""What travels between our scheduler and our model runner beside vLLM's own fields. Plain data: it is pickled between processes."""
+"""What our model runner tells our scheduler beside vLLM's own fields. Plain data: it travels between processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from redvtp.sequence import StepReport
 
 
 @dataclass
-class DenoisingOutput(ModelRunnerOutput):  # type: ignore[misc]
+class DenoisingOutput(ModelRunnerOutput):
     """reports: request id -> what its step did. errors: request id -> why it cannot go on (the others can)."""
 
     reports: dict[str, StepReport] = field(default_factory=dict)

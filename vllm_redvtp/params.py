@@ -1,8 +1,10 @@
-"""A client's knobs: `vllm_xargs` (HTTP) or `SamplingParams.extra_args` (offline) over the server's defaults, as engine parameters.
+"""A client's knobs, over the server's defaults, as engine parameters.
 
-A knob is a field of the engine's DenoisingParams or PruningParams with the prefix `redvtp_`; a new field is a new knob.
-`--additional-config '{"redvtp": {...}}'` sets defaults under the same names without the prefix. Values are judged by the engine's
-dataclasses, so every way in refuses with the same sentence; `RequestKnobs` makes vLLM's front-end ask before a request is queued.
+A knob comes in `vllm_xargs` (HTTP) or `SamplingParams.extra_args` (offline). It is a field of the engine's
+DenoisingParams or PruningParams with the prefix `redvtp_`; a new field is a new knob. `--additional-config
+'{"redvtp": {...}}'` sets defaults under the same names without the prefix. Values are judged by the engine's
+dataclasses, so every way in refuses with the same sentence; `RequestKnobs` makes vLLM's front-end ask before a
+request is queued.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class RequestParams:
 
 
 def knob_values(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The redvtp knobs among a request's extra arguments, without their prefix. Raises ValueError for an unknown one."""
+    """The redvtp knobs among a request's extra arguments, prefix removed. Raises ValueError for an unknown one."""
     values = {name.removeprefix(PREFIX): value for name, value in (extra_args or {}).items() if name.startswith(PREFIX)}
     for name in values:
         if name not in KNOBS:
@@ -53,7 +55,7 @@ def knob_values(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def server_defaults(vllm_config: VllmConfig) -> dict[str, Any]:
-    """`--additional-config '{"redvtp": {...}}'`. Raises ValueError for an unknown name or a value no request could have."""
+    """`--additional-config '{"redvtp": {...}}'`. Raises ValueError for an unknown name or value."""
     config = vllm_config.additional_config
     defaults = config.get("redvtp", {}) if isinstance(config, dict) else {}
     if not isinstance(defaults, dict):
@@ -84,14 +86,15 @@ def canvas_length(asked: int | None, sampling: SamplingParams, defaults: Mapping
 def build_params(
     sampling: SamplingParams, gen_length: int, defaults: Mapping[str, Any], request_id: str = ""
 ) -> RequestParams:
-    """Engine parameters of a request whose canvas is `gen_length` tokens. Raises ValueError naming knob, value and what is allowed."""
+    """Engine parameters of a request with a canvas of `gen_length` tokens. Raises ValueError naming knob and value."""
     knobs = knob_values(sampling.extra_args)
     values = {**defaults, **knobs, "gen_length": gen_length}
     report = values.pop("report", DEFAULT_REPORT)
     if report not in REPORTS:
         raise ValueError(f"report must be one of {', '.join(REPORTS)}, got {report!r}")
     pruning = PruningParams(**{field: values.pop(name) for name, field in _PRUNING.items() if name in values})
-    # A server default is a wish for canvases of the usual size; a shorter one takes what fits of it. A client's own value never bends.
+    # A server default is a wish for canvases of the usual size; a shorter one takes what fits of it. A client's own
+    # value never bends.
     bending = {name: values.pop(name) for name in ("block_length", "steps") if name in defaults and name not in knobs}
     denoising = DenoisingParams(
         **values,
@@ -130,7 +133,8 @@ def refuse_unsupported(sampling: SamplingParams) -> None:
     used = {
         "logprobs": sampling.logprobs is not None or sampling.logprob_token_ids is not None,
         "prompt_logprobs": sampling.prompt_logprobs is not None or sampling.prompt_logprob_token_ids is not None,
-        "structured outputs (response_format, guided decoding, forced tool calls)": sampling.structured_outputs is not None,
+        "structured outputs (response_format, guided decoding, forced tool calls)": sampling.structured_outputs
+        is not None,
         "logit_bias": bool(sampling.logit_bias),
         "min_tokens": bool(sampling.min_tokens),
         "allowed_token_ids": sampling.allowed_token_ids is not None,
@@ -148,8 +152,8 @@ def refuse_unsupported(sampling: SamplingParams) -> None:
             raise ValueError(f"{option} is not supported by diffusion decoding; leave it out")
 
 
-class RequestKnobs(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
-    """vLLM calls `validate_params` of every logits processor class for each request, in the front-end: HTTP 400 comes from here.
+class RequestKnobs(LogitsProcessor, LogitsProcessorV2):
+    """vLLM calls `validate_params` of its logits processor classes for each request; an error there is an HTTP 400.
 
     It is never instantiated, our runner samples by itself. vLLM's two model runners each demand their own base class.
     Here only what needs no prompt and no server defaults is judged; `vllm_redvtp.planning` sees the rest.
@@ -168,7 +172,7 @@ class RequestKnobs(LogitsProcessor, LogitsProcessorV2):  # type: ignore[misc]
     def __init__(self, *args: Any) -> None:
         raise NotImplementedError("RequestKnobs only validates; the model runner of vllm-redvtp samples by itself")
 
-    def apply(self, logits: Any) -> Any:
+    def apply(self, *args: Any) -> Any:
         raise NotImplementedError
 
     def is_argmax_invariant(self) -> bool:

@@ -1,8 +1,8 @@
 """What a request will need, worked out once and the same in the front-end, the scheduler and the workers.
 
-`RequestPlanner.plan` turns a request's sampling parameters and prompt length into engine parameters and a number of KV tokens.
-The front-end plans to refuse early (HTTP 400), the scheduler to take blocks, the workers to build the sequence: all agree
-without talking.
+`RequestPlanner.plan` turns a request's sampling parameters and prompt length into engine parameters and a number of
+KV tokens. The front-end plans to refuse early (HTTP 400), the scheduler to take blocks, the workers to build the
+sequence: all agree without talking.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class RequestPlanner:
     ) -> RequestPlan:
         """Raises ValueError, fit for the client, for parameters no request may have.
 
-        asked: the client's max_tokens where that is known. Elsewhere it is read from `sampling`, where an unset one has become
-        exactly what is left of the context.
+        asked: the client's max_tokens where that is known. Elsewhere it is read from `sampling`, where an unset one
+        has become exactly what is left of the context.
         """
         if asked is None and sampling.max_tokens != self._max_model_len - prompt_tokens:
             asked = sampling.max_tokens
@@ -73,23 +73,25 @@ class RequestPlanner:
         )
 
     def check_fits(self, plan: RequestPlan, visual_tokens: int) -> None:
-        """Raises ValueError when the request is too long for the model, or for the whole KV cache: it would wait for ever."""
-        parts = f"prompt ({plan.prompt_tokens:,} tokens, {visual_tokens:,} of them visual) plus gen_length {plan.denoising.gen_length}"
+        """Raises ValueError for a request too long for the model, or for the whole KV cache (it would never start)."""
+        prompt = f"prompt ({plan.prompt_tokens:,} tokens, {visual_tokens:,} of them visual)"
+        parts = f"{prompt} plus gen_length {plan.denoising.gen_length}"
         if plan.suffix_ids:
             parts += f" plus a suffix of {len(plan.suffix_ids)} tokens"
         if plan.kv_tokens > self._max_model_len:
             raise ValueError(
-                f"{parts} exceeds max_model_len {self._max_model_len}; shorten gen_length (max_tokens) or use a smaller image"
+                f"{parts} exceeds max_model_len {self._max_model_len}; "
+                "shorten gen_length (max_tokens) or use a smaller image"
             )
         blocks = self._cache_config.num_gpu_blocks
-        # vLLM keeps one block for itself. The front-end learns the number of blocks only after the engine has started.
+        # vLLM keeps one block for itself. The front-end learns the number of blocks once the engine has started.
         if blocks is not None and blocks_needed(plan.kv_tokens, self._cache_config.block_size) > blocks - 1:
             room = (blocks - 1) * self._cache_config.block_size
             raise ValueError(f"{parts} needs {plan.kv_tokens:,} tokens of KV cache; the whole cache holds {room:,}")
 
     @staticmethod
     def settle(sampling: SamplingParams, gen_length: int) -> None:
-        """Write a canvas length into a request's own copy of its parameters, so that nobody resolves it to another one."""
+        """Write a canvas length into a request's own copy of its parameters, so that nobody resolves it differently."""
         sampling.max_tokens = gen_length
         sampling.extra_args = {**(sampling.extra_args or {}), f"{PREFIX}gen_length": gen_length}
 

@@ -1,15 +1,16 @@
-"""Images and prompt of a request, in the front-end: tiles for the vision tower, and the prompt with a slot for every visual token.
+"""A request's images and prompt, in the front-end: tiles for the tower, a slot in the prompt for every visual token.
 
-vLLM's usual way replaces a placeholder's tokens inside the tokenised prompt. The reference instead splits the text at `<image>` and
-tokenises the pieces (losing the first token of each later one), so here the prompt is decoded back to text and rebuilt by the same
-`redvtp.prompt` functions the engine uses. The number of slots comes from the image sizes alone.
+vLLM's usual way replaces a placeholder's tokens inside the tokenised prompt. The reference instead splits the text at
+`<image>` and tokenises the pieces (losing the first token of each later one), so here the prompt is decoded back to
+text and rebuilt by the same `redvtp.prompt` functions the engine uses. The number of slots comes from the image sizes
+alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -25,22 +26,21 @@ from vllm.multimodal.processing.processor import (
 
 from redvtp.models.config import LladaVConfig
 from redvtp.prompt import IMAGE_MARK, SpecialTokens, build_prompt_tokens, special_tokens, split_prompt
-from redvtp.vision.images import validate_size
 from redvtp.vision.merge import visual_token_count
-from redvtp.vision.tiling import image_mode, tile_image
+from redvtp.vision.tiling import ImageMode, image_mode, tile_image
 from vllm_redvtp.config import llada_v_config
 
 
 def decode_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of a tokenised prompt, special tokens included. Raises ValueError for ids the tokenizer cannot have made."""
+    """The text of a tokenised prompt, special tokens included. Raises ValueError for ids no token has."""
     if any(not 0 <= token < len(tokenizer) for token in ids):
         raise ValueError(f"the prompt has token ids outside [0, {len(tokenizer) - 1}]")
     text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
 
 
-class LladaVProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
-    """What vLLM asks about a model's inputs. There is no Hugging Face processor class for LLaDA-V, and none is needed."""
+class LladaVProcessingInfo(BaseProcessingInfo):
+    """What vLLM asks about a model's inputs. LLaDA-V has no Hugging Face processor class, and needs none."""
 
     @cached_property
     def config(self) -> LladaVConfig:
@@ -48,22 +48,25 @@ class LladaVProcessingInfo(BaseProcessingInfo):  # type: ignore[misc]
 
     @cached_property
     def special(self) -> SpecialTokens:
-        return special_tokens(self.get_tokenizer())
+        return special_tokens(cast(Any, self.get_tokenizer()))
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": visual_token_count(*self.largest_image(), self.config, image_mode(self.config, 1))}
+        return {"image": self.visual_tokens(*self.largest_image(), image_mode(self.config, 1))}
 
     def largest_image(self) -> tuple[int, int]:
         """The (width, height) with the most visual tokens: it fills a pinpoint, so nothing is unpadded."""
         mode = image_mode(self.config, 1)
         sizes = self.config.image_grid_pinpoints or ((self.config.tower.image_size,) * 2,)
-        return max(sizes, key=lambda size: visual_token_count(*size, self.config, mode))
+        return max(sizes, key=lambda size: self.visual_tokens(size[0], size[1], mode))
+
+    def visual_tokens(self, width: int, height: int, mode: ImageMode) -> int:
+        return visual_token_count(width, height, self.config, mode.mode, mode.newline)
 
 
-class LladaVDummyInputs(BaseDummyInputsBuilder[LladaVProcessingInfo]):  # type: ignore[misc]
+class LladaVDummyInputs(BaseDummyInputsBuilder[LladaVProcessingInfo]):
     """The worst case vLLM warms the processor up with."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
@@ -75,7 +78,7 @@ class LladaVDummyInputs(BaseDummyInputsBuilder[LladaVProcessingInfo]):  # type: 
         return {"image": self._get_dummy_images(width=width, height=height, num_images=count)}
 
 
-class LladaVProcessor(BaseMultiModalProcessor[LladaVProcessingInfo]):  # type: ignore[misc]
+class LladaVProcessor(BaseMultiModalProcessor[LladaVProcessingInfo]):
     """Images to tiles, prompt to tokens. All errors are ValueErrors that vLLM answers with HTTP 400."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
@@ -83,8 +86,6 @@ class LladaVProcessor(BaseMultiModalProcessor[LladaVProcessingInfo]):  # type: i
             raise ValueError(f"mm_processor_kwargs are not supported by LLaDA-V, got {', '.join(sorted(hf_kwargs))}")
         images = [_pil_image(image) for image in hf_data.get("images", ())]
         mode = image_mode(self.info.config, len(images))
-        for image in images:
-            validate_size(*image.size)
         tiles = [tile_image(image, self.info.config, mode.mode) for image in images]
         return BatchFeature(
             {
@@ -114,8 +115,8 @@ class LladaVProcessor(BaseMultiModalProcessor[LladaVProcessingInfo]):  # type: i
         images = mm_items.get_items("image", ImageProcessorItems)
         sizes = [images.get_image_size(index) for index in range(images.get_count())]
         mode = image_mode(self.info.config, len(sizes))
-        counts = [visual_token_count(size.width, size.height, self.info.config, mode) for size in sizes]
-        tokenizer, placeholder = self.info.get_tokenizer(), self.info.special.placeholder_id
+        counts = [self.info.visual_tokens(size.width, size.height, mode) for size in sizes]
+        tokenizer, placeholder = cast(Any, self.info.get_tokenizer()), self.info.special.placeholder_id
         pieces = split_prompt(tokenizer, decode_prompt(tokenizer, mm_res.prompt_ids), len(counts))
         prompt = build_prompt_tokens(pieces, counts, placeholder)
         slots = [

@@ -1,8 +1,8 @@
 """The front-end's last look at a request: LLaDA-V's chat template, and everything that must be a 400 before the engine.
 
-vLLM clamps max_tokens to what is left of the context; for a canvas that would silently change the answer. The renderer knows what
-the client asked for and how long the prompt became, so it attaches a check to the rendered prompt, and vLLM's request validation
-runs it together with the sampling parameters.
+vLLM clamps max_tokens to what is left of the context; for a canvas that would silently change the answer. The
+renderer knows what the client asked for and how long the prompt became, so it attaches a check to the rendered
+prompt, and vLLM's request validation runs it together with the sampling parameters.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL.Image import DecompressionBombError
 from vllm.exceptions import VLLMValidationError
@@ -37,7 +37,7 @@ def default_chat_template() -> str:
     return CHAT_TEMPLATE.read_text(encoding="utf-8")
 
 
-class DiffusionRenderer(HfRenderer):  # type: ignore[misc]
+class DiffusionRenderer(HfRenderer):
     """vLLM's Hugging Face renderer for LLaDA-V."""
 
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
@@ -57,13 +57,13 @@ class DiffusionRenderer(HfRenderer):  # type: ignore[misc]
         self, prompt: Any, *, skip_mm_cache: bool = False, tok_params: TokenizeParams | None = None
     ) -> Any:
         rendered = super()._process_singleton(prompt, skip_mm_cache=skip_mm_cache, tok_params=tok_params)
-        return self._with_check(rendered, tok_params)
+        return self._with_check(cast(dict[str, Any], rendered), tok_params)
 
     async def _process_singleton_async(
         self, prompt: Any, *, skip_mm_cache: bool = False, tok_params: TokenizeParams | None = None
     ) -> Any:
         rendered = await super()._process_singleton_async(prompt, skip_mm_cache=skip_mm_cache, tok_params=tok_params)
-        return self._with_check(rendered, tok_params)
+        return self._with_check(cast(dict[str, Any], rendered), tok_params)
 
     def _with_check(self, rendered: dict[str, Any], tok_params: TokenizeParams | None) -> dict[str, Any]:
         ids: list[int] = rendered["prompt_token_ids"]
@@ -90,8 +90,8 @@ class DiffusionRenderer(HfRenderer):  # type: ignore[misc]
 def install_request_check() -> None:
     """Wrap the platform's `validate_request` so that it runs the check a rendered prompt of ours carries.
 
-    It is the only place before the engine where vLLM 0.32 shows a prompt and its sampling parameters together. Prompts of other
-    models carry no check. Goes when a renderer or processor may validate the two together.
+    It is the only place before the engine where vLLM 0.32 shows a prompt and its sampling parameters together.
+    Prompts of other models carry no check. Goes when a renderer or processor may validate the two together.
     """
     from vllm.platforms import current_platform
 
@@ -107,7 +107,7 @@ def install_request_check() -> None:
             check(params)
 
     setattr(validate_request, _MARK, True)
-    platform.validate_request = classmethod(validate_request)
+    platform.validate_request = classmethod(validate_request)  # type: ignore[method-assign, assignment]
 
 
 def _with_template(params: ChatParams) -> ChatParams:
@@ -118,7 +118,7 @@ def _with_template(params: ChatParams) -> ChatParams:
     return params if params.chat_template is not None else replace(params, chat_template=default_chat_template())
 
 
-class _image_errors:  # noqa: N801 - reads as a statement
+class _image_errors:
     """PIL's refusal of a decompression bomb is no ValueError, and vLLM would answer it with HTTP 500."""
 
     def __enter__(self) -> None: ...

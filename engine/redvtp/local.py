@@ -119,15 +119,18 @@ class LocalEngine:
         ]
         waiting = deque(zip(generations, prompts, strict=True))
         running: list[_Running] = []
-        with tqdm(total=len(requests), desc="requests", unit="req", disable=not progress) as bar:
+        steps = sum(request.denoising.resolved_steps for request in requests)
+        with tqdm(total=steps, desc="denoising", unit="step", disable=not progress) as bar:
             try:
                 while waiting or running:
                     self._admit(waiting, running)
                     self._step(running)
+                    bar.update(len(running))
                     for entry in [entry for entry in running if entry.sequence.finished]:
                         running.remove(entry)
                         self._finish(entry)
-                        bar.update()
+                        # A stop, or a canvas block that filled early, leaves steps out.
+                        bar.update(entry.generation.request.denoising.resolved_steps - len(entry.generation.steps))
             finally:
                 for entry in running:
                     self.blocks.free(entry.blocks)

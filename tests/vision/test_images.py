@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from redvtp.vision.images import MAX_SIDE, open_image, validate_size
 
 

@@ -1,0 +1,62 @@
+"""The engine's paged cache inside vLLM's memory budget: what vLLM is told to account for, and the tensors themselves.
+
+vLLM counts blocks and decides how many there are; the layout of a block is the engine's (`redvtp.kv.cache`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+
+from redvtp.kv.cache import PagedKVCache
+from redvtp.models.config import LladaVConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def kv_cache_spec(config: LladaVConfig, vllm_config: VllmConfig) -> dict[str, KVCacheSpec]:
+    """One entry for each layer, equal on all ranks. Non-causal: vLLM keeps chunked prefill and prefix caching off."""
+    spec = FullAttentionSpec(
+        block_size=vllm_config.cache_config.block_size,
+        num_kv_heads=_kv_heads(config, vllm_config),
+        head_size=config.head_dim,
+        dtype=_dtype(vllm_config),
+        non_causal=True,
+    )
+    return {f"language_model.layers.{layer}.self_attn": spec for layer in range(config.num_hidden_layers)}
+
+
+def allocate_kv_cache(
+    config: LladaVConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, device: torch.device
+) -> PagedKVCache:
+    """The pages of this rank. Raises ValueError should they not fill exactly what vLLM has set aside for them."""
+    (group,) = kv_cache_config.kv_cache_groups
+    spec = group.kv_cache_spec
+    cache = PagedKVCache(
+        config.num_hidden_layers,
+        kv_cache_config.num_blocks,
+        spec.block_size,
+        _kv_heads(config, vllm_config),
+        config.head_dim,
+        _dtype(vllm_config),
+        device,
+    )
+    taken = sum(pages.nbytes for pages in (*cache.keys, *cache.values))
+    granted = kv_cache_config.num_blocks * spec.page_size_bytes * config.num_hidden_layers
+    if taken != granted:
+        raise ValueError(f"the KV cache takes {taken:,} bytes where vLLM granted {granted:,}")
+    return cache
+
+
+def _kv_heads(config: LladaVConfig, vllm_config: VllmConfig) -> int:
+    return config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
+
+
+def _dtype(vllm_config: VllmConfig) -> torch.dtype:
+    # vLLM has resolved names to types by now; its annotation still allows both.
+    dtype = vllm_config.model_config.dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,74 @@
+"""The largest step a server can be asked for, run once at start so that vLLM leaves room for it beside the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from redvtp.kv.blocks import blocks_needed
+from redvtp.kv.cache import PagedKVCache
+from redvtp.models.llada_v import LladaV
+from redvtp.params import DenoisingParams, PruningParams
+from redvtp.prompt import SpecialTokens
+from redvtp.runner import DenoisingRunner
+from redvtp.sequence import Sequence
+from redvtp.vision.tiling import image_mode
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# A long canvas makes logits the largest tensor.
+_GEN_LENGTH = 512
+
+
+@torch.inference_mode()
+def profile_largest_step(
+    model: LladaV,
+    vllm_config: VllmConfig,
+    special: SpecialTokens,
+    make_engine: Callable[[LladaV, PagedKVCache], DenoisingRunner],
+) -> None:
+    """Encode one image with the most tiles, then a first (scoring) step that fills the token budget."""
+    config = model.config
+    tile = config.tower.image_size
+    canvas = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1], default=(tile, tile))
+    mode = image_mode(config, 1)
+    tiles = 1 if mode.mode == "pad" else 1 + canvas[0] // tile * (canvas[1] // tile)
+    (visual,) = model.encode_images([torch.zeros(tiles, 3, tile, tile)], [canvas], mode)
+
+    budget, longest = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
+    lengths = [longest] * max(1, budget // longest)
+    block_size = vllm_config.cache_config.block_size
+    cache = _one_layer_cache(model, vllm_config, sum(blocks_needed(length, block_size) for length in lengths))
+    batch: list[Sequence] = []
+    first_block = 0
+    for length in lengths:
+        gen_length = min(_GEN_LENGTH, length - 1)
+        prompt = length - gen_length
+        blocks = blocks_needed(length, block_size)
+        batch.append(
+            Sequence(
+                f"profile-{len(batch)}",
+                torch.zeros(prompt, config.hidden_size, dtype=model.dtype, device=model.device),
+                ((0, min(prompt, visual.shape[0])),),
+                DenoisingParams(gen_length=gen_length, block_length=gen_length),
+                PruningParams(),
+                special,
+                block_table=list(range(first_block, first_block + blocks)),
+            )
+        )
+        first_block += blocks
+    make_engine(model, cache).step(batch)
+
+
+def _one_layer_cache(model: LladaV, vllm_config: VllmConfig, num_blocks: int) -> PagedKVCache:
+    """Pages every layer shares: what is measured must not contain a KV cache of the real size."""
+    config = model.config
+    heads = config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
+    block_size: Any = vllm_config.cache_config.block_size
+    cache = PagedKVCache(1, num_blocks, block_size, heads, config.head_dim, model.dtype, model.device)
+    cache.keys *= config.num_hidden_layers
+    cache.values *= config.num_hidden_layers
+    return cache

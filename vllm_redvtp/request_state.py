@@ -1,0 +1,67 @@
+"""What the scheduler remembers of a request: its plan, the cost of its next step, and the story told at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from redvtp.sequence import StepReport
+from vllm_redvtp.output import report_dict
+from vllm_redvtp.planning import RequestPlan
+
+
+@dataclass(slots=True)
+class DenoisingState:
+    """plan: fixed at arrival. next_tokens: what the next step will compute. kv_tokens: held now.
+
+    canvas_done: the engine has nothing left to do, though vLLM has not ended the request yet.
+    """
+
+    plan: RequestPlan
+    visual_tokens: int
+    next_tokens: int = 0
+    kv_tokens: int = 0
+    blocks_admitted: int = 0
+    blocks_freed: int = 0
+    steps: int = 0
+    visual_kept: int = 0
+    canvas_done: bool = False
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Back to before admission (at arrival, and after a preemption)."""
+        self.next_tokens = self.kv_tokens = self.plan.kv_tokens
+        self.blocks_admitted = self.blocks_freed = self.steps = 0
+        self.visual_kept = self.visual_tokens
+        self.trace.clear()
+
+    def record(self, report: StepReport) -> None:
+        """Take over what a step did."""
+        self.steps += 1
+        self.next_tokens = report.next_tokens
+        self.kv_tokens = report.kv_tokens
+        self.canvas_done = report.finished
+        if report.pruning is not None:
+            self.visual_kept = report.pruning.visual_after
+        if self.plan.params.report == "full":
+            self.trace.append(report_dict(report))
+
+    def summary(self) -> dict[str, Any] | None:
+        """For the client, as `kv_transfer_params`: a field vLLM carries from scheduler to response untouched."""
+        if self.plan.params.report == "none":
+            return None
+        told: dict[str, Any] = {
+            "steps": self.steps,
+            "prompt_tokens": self.plan.prompt_tokens,
+            "visual_tokens": self.visual_tokens,
+            "visual_tokens_kept": self.visual_kept,
+            "kv_blocks_admitted": self.blocks_admitted,
+            "blocks_freed": self.blocks_freed,
+        }
+        if self.plan.params.report == "full":
+            told["prunings"] = [step["pruning"] for step in self.trace if step["pruning"] is not None]
+            told["trace"] = self.trace
+        return {"redvtp": told}

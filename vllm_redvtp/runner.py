@@ -1,0 +1,195 @@
+"""DiffusionModelRunner: vLLM's model-runner interface over `redvtp.runner.DenoisingRunner`.
+
+It loads the model, allocates the cache, turns arriving requests into engine sequences and step reports into vLLM's
+output. Everything about denoising and pruning is the engine's.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.tokenizers.registry import cached_tokenizer_from_config
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
+from redvtp.models.llada_v import LladaV
+from redvtp.runner import DenoisingRunner
+from redvtp.sequence import Sequence, StepReport
+from redvtp.vision.tiling import image_mode
+from vllm_redvtp.config import llada_v_config
+from vllm_redvtp.kv_cache import allocate_kv_cache, kv_cache_spec
+from vllm_redvtp.output import DenoisingOutput
+from vllm_redvtp.planning import RequestPlanner
+from vllm_redvtp.profiling import profile_largest_step
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.redvtp.runner")
+
+
+class DiffusionModelRunner:
+    """What vLLM's workers call. Methods are in the order of a server's life."""
+
+    is_pooling_model = False
+    lora_config = None
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.vllm_config = vllm_config
+        self.device = device
+        self.config = llada_v_config(vllm_config.model_config)
+        self.planner = RequestPlanner(vllm_config, cached_tokenizer_from_config(vllm_config.model_config))
+        self.model: LladaV
+        self.model_memory_usage = 0
+        self.sequences: dict[str, Sequence] = {}
+        self._engine: DenoisingRunner
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        load_config = self.vllm_config.load_config
+        if load_dummy_weights:
+            load_config.load_format = "dummy"
+        loader = get_model_loader(load_config)
+        self.model = loader.load_model(vllm_config=self.vllm_config, model_config=self.vllm_config.model_config)
+        self.model_memory_usage = sum(weight.nbytes for weight in self.model.parameters())
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        return kv_cache_spec(self.config, self.vllm_config)
+
+    def profile_run(self, randomize_inputs: bool = False) -> None:
+        profile_largest_step(self.model, self.vllm_config, self.planner.special, self._make_engine)
+
+    warming_up_model = profile_run
+
+    def initialize_kv_cache(
+        self,
+        kv_cache_config: KVCacheConfig,
+        is_profiling: bool = False,
+        kv_cache_allocation_context: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        with kv_cache_allocation_context or nullcontext():
+            cache = allocate_kv_cache(self.config, self.vllm_config, kv_cache_config, self.device)
+        self._engine = self._make_engine(self.model, cache)
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> ModelRunnerOutput:
+        """Forget the finished, add the new, step the scheduled."""
+        for request_id in scheduler_output.finished_req_ids:
+            self.sequences.pop(request_id, None)
+        errors: dict[str, str] = {}
+        for request in scheduler_output.scheduled_new_reqs:
+            try:
+                self.sequences[request.req_id] = self._sequence(request)
+            except Exception as error:
+                errors[request.req_id] = _explain(request.req_id, error)
+        scheduled = list(scheduler_output.num_scheduled_tokens)
+        if not scheduled:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
+        return DenoisingOutput(
+            req_ids=scheduled,
+            req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
+            sampled_token_ids=[reports[rid].new_tokens if rid in reports else [] for rid in scheduled],
+            reports=reports,
+            errors=errors,
+        )
+
+    def _sequence(self, request: NewRequestData) -> Sequence:
+        """The engine's view of an arriving request; runs the vision tower."""
+        prompt, sampling = request.prompt_token_ids, request.sampling_params
+        # The scheduler refuses requests without them.
+        assert prompt is not None
+        assert sampling is not None
+        plan = self.planner.plan(sampling, len(prompt), request.req_id)
+        images: list[dict[str, Any]] = [
+            feature.data.get_data() for feature in request.mm_features if feature.data is not None
+        ]
+        spans = tuple(
+            (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length)
+            for feature in request.mm_features
+        )
+        visual = self.model.encode_images(
+            [image["pixel_values"] for image in images],
+            [tuple(image["image_sizes"].tolist()) for image in images],
+            image_mode(self.config, len(images)),
+        )
+        return Sequence(
+            request.req_id,
+            self.model.embed_prompt(torch.tensor(prompt, device=self.device), spans, visual),
+            spans,
+            plan.denoising,
+            plan.params.pruning,
+            self.planner.special,
+            stop_ids=plan.stop_ids,
+            suffix_ids=plan.suffix_ids,
+            block_table=list(request.block_ids[0]),
+            committed=tuple((request.prefill_token_ids or prompt)[len(prompt) :]),
+        )
+
+    def _step(self, batch: list[Sequence], errors: dict[str, str]) -> dict[str, StepReport]:
+        """One step of the batch. What fails is reported in `errors` and costs only the requests it concerns."""
+        done = {sequence.request_id: sequence.steps_done for sequence in batch}
+        try:
+            reports = self._engine.step(batch) if batch else []
+        except Exception as error:
+            if len(batch) == 1:
+                errors[batch[0].request_id] = _explain(batch[0].request_id, error)
+                return {}
+            # Find out whose fault it is: the untouched ones again, each by itself.
+            logger.warning("a step of %d requests failed (%s); stepping them one by one", len(batch), error)
+            found: dict[str, StepReport] = {}
+            for sequence in batch:
+                if sequence.steps_done != done[sequence.request_id]:
+                    errors[sequence.request_id] = _explain(sequence.request_id, error)
+                else:
+                    found |= self._step([sequence], errors)
+            return found
+        return {report.request_id: report for report in reports}
+
+    def _make_engine(self, model: LladaV, cache: Any) -> DenoisingRunner:
+        # Each rank has its own heads; all must choose the same visual tokens.
+        reduce = tensor_model_parallel_all_reduce if get_tensor_model_parallel_world_size() > 1 else None
+        return DenoisingRunner(model, cache, self.planner.special, reduce_scores=reduce)
+
+    # Asked for by vLLM's workers; nothing to do here.
+
+    def get_model(self) -> LladaV:
+        return self.model
+
+    def get_draft_model(self) -> None: ...
+
+    def take_draft_token_ids(self) -> None: ...
+
+    def get_encoder_timing_stats(self) -> dict[str, Any]:
+        return {}
+
+    def profile_cudagraph_memory(self) -> int:
+        return 0
+
+    def maybe_remove_all_loras(self, lora_config: Any) -> None: ...
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.planner = RequestPlanner(self.vllm_config, cached_tokenizer_from_config(self.vllm_config.model_config))
+
+    def reset_mm_cache(self) -> None: ...
+
+    def reset_encoder_cache(self) -> None: ...
+
+    def shutdown(self) -> None:
+        self.sequences.clear()
+
+
+def _explain(request_id: str, error: Exception) -> str:
+    """Log a failure of one request; a failure of the device itself is nobody's and goes on up."""
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+        raise error
+    logger.error("request %s failed", request_id, exc_info=error)
+    return f"{type(error).__name__}: {error}"
