@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from golden_data import checkpoint_dir
 from hypothesis import strategies
 
+from golden_data import checkpoint_dir
 from redvtp.models.config import SO400M_PATCH14_384, LladaVConfig, TowerConfig, load_config
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-import golden_data
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import golden_data
 from redvtp.denoising.canvas import Canvas
 from redvtp.denoising.schedule import even_counts, transfer_table
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import golden_data
 import pytest
 import torch
 
+import golden_data
 from redvtp.kv.blocks import blocks_needed
 from redvtp.local import Generation, LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams

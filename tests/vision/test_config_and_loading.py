@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden_data import LLADA_V, checkpoint_dir
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from golden_data import LLADA_V, checkpoint_dir
 from redvtp.models.config import SO400M_PATCH14_384, LladaVConfig, load_config
 from redvtp.models.llada_v import LladaV
 from redvtp.models.loading import checkpoint_name, checkpoint_weights, load_weights, rename

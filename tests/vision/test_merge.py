@@ -6,17 +6,17 @@ import re
 
 import pytest
 import torch
-from golden_data import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
-from vision_geometries import GEOMETRIES, LLADA_V, SIZES, with_geometry
 
+from golden_data import Case, cases
 from redvtp.models.config import SO400M_PATCH14_384, LladaVConfig, load_config
 from redvtp.vision.merge import merge_tiles, visual_token_boxes, visual_token_count
 from redvtp.vision.tiling import ImageMode, choose_grid, image_mode, tile_image
+from vision_geometries import GEOMETRIES, LLADA_V, SIZES, with_geometry
 
 CONFIGS = st.sampled_from(list(GEOMETRIES.values()))
 _REFUSED = "is too narrow|limit where images are padded"

@@ -6,13 +6,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from golden_data import Case, cases, checkpoint_dir
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from golden_data import Case, cases, checkpoint_dir
 from redvtp.prompt import (
     IMAGE_MARK,
     build_prompt_tokens,

@@ -7,15 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_data import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from vision_geometries import GEOMETRIES, LLADA_V, SIZES
 
+from golden_data import Case, cases
 from redvtp.models.config import LladaVConfig, load_config
 from redvtp.vision.images import open_image
 from redvtp.vision.tiling import ImageMode, choose_grid, image_mode, tile_image
+from vision_geometries import GEOMETRIES, LLADA_V, SIZES
 
 CONFIGS = st.sampled_from(list(GEOMETRIES.values()))
 

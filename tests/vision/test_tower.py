@@ -6,10 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from golden_data import Case, cases, checkpoint_dir
 from torch import Tensor
 from transformers import SiglipVisionConfig
 
+from golden_data import Case, cases, checkpoint_dir
 from redvtp.models.config import SO400M_PATCH14_384, load_config
 from redvtp.models.llada_v import LladaV
 from redvtp.models.loading import checkpoint_weights, load_weights
