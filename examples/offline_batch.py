@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from redvtp.params import DenoisingParams, PruningParams
 from redvtp.vision.images import open_image
 
 if TYPE_CHECKING:
@@ -73,6 +74,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"{arguments.folder} is not a folder")
     if arguments.in_flight < 1:
         parser.error(f"--in-flight must be at least 1, got {arguments.in_flight}")
+    try:
+        DenoisingParams(gen_length=arguments.gen_length)
+        PruningParams(keep_ratio=arguments.keep_ratio)
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
 
 
@@ -104,7 +110,8 @@ def answers(
                 content = [{"type": "image_pil", "image_pil": open_image(path)}, {"type": "text", "text": prompt}]
                 conversation: list[Any] = [{"role": "user", "content": content}]
                 (request_id,) = llm.enqueue_chat(conversation, sampling, use_tqdm=False)
-                running[request_id] = path.name
+                # vLLM 0.32 returns its inner id, the request's own and a random tail, and outputs bear the request's own.
+                running[request_id.rpartition("-")[0]] = path.name
             except (OSError, ValueError) as error:
                 yield {"image": path.name, "error": str(error)}
         if not running:

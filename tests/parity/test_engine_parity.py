@@ -69,23 +69,24 @@ def _pruning(run: Run) -> PruningParams:
     return PruningParams(preset="redvtp", keep_ratio=run.keep_ratio)
 
 
-_GENERATIONS: dict[str, Generation] = {}
+@pytest.fixture(scope="module")
+def generate(engine: EngineFactory) -> Callable[[Run], Generation]:
+    """The engine's answer to a run. All runs of a case are answered together, packed, when the first is asked for."""
+    answers: dict[str, Generation] = {}
 
+    def answer(run: Run) -> Generation:
+        if str(run) not in answers:
+            local = _engine_for(run.case, engine)
+            together = [other for other in RUNS if other.case == run.case]
+            free = local.blocks.num_free
+            generations = local.generate(
+                [_request(run.case, local, _denoising(other), _pruning(other)) for other in together]
+            )
+            assert local.blocks.num_free == free, "every KV block is back after the requests"
+            answers.update(zip(map(str, together), generations, strict=True))
+        return answers[str(run)]
 
-def _generate(run: Run, engine: EngineFactory) -> Generation:
-    """The run through the public entry point; kept, because several tests look at one run."""
-    if str(run) not in _GENERATIONS:
-        _GENERATIONS[str(run)] = _generate_afresh(run, engine)
-    return _GENERATIONS[str(run)]
-
-
-def _generate_afresh(run: Run, engine: EngineFactory) -> Generation:
-    local = _engine_for(run.case, engine)
-    request = _request(run.case, local, _denoising(run), _pruning(run))
-    free = local.blocks.num_free
-    (generation,) = local.generate([request])
-    assert local.blocks.num_free == free, "every KV block is back after the request"
-    return generation
+    return answer
 
 
 @contextmanager
@@ -214,8 +215,8 @@ RUNS = [run for run in golden_data.runs() if not run.uses_threshold]
 
 
 @pytest.mark.parametrize("run", _marked(RUNS))
-def test_canvas_after_every_step_and_output(run: Run, engine: EngineFactory) -> None:
-    generation = _generate(run, engine)
+def test_canvas_after_every_step_and_output(run: Run, generate: Callable[[Run], Generation]) -> None:
+    generation = generate(run)
     expected = run.tensor("x")
     canvases = torch.tensor([report.canvas for report in generation.steps])
     assert canvases.shape == expected.shape
@@ -235,8 +236,8 @@ PRUNED = golden_data.runs("redvtp")
 
 
 @pytest.mark.parametrize("run", _marked([run for run in PRUNED if run.has("importance")]))
-def test_importance_and_kept_tokens(run: Run, engine: EngineFactory) -> None:
-    prunings = [report.pruning for report in _generate(run, engine).steps if report.pruning is not None]
+def test_importance_and_kept_tokens(run: Run, generate: Callable[[Run], Generation]) -> None:
+    prunings = [report.pruning for report in generate(run).steps if report.pruning is not None]
     assert len(prunings) == 1
     (pruning,) = prunings
     assert pruning.step == 0
@@ -258,8 +259,8 @@ def test_importance_from_the_references_embeddings(run: Run, engine: EngineFacto
 
 
 @pytest.mark.parametrize("run", _marked([run for run in PRUNED if not run.has("importance")]))
-def test_no_pruning_when_the_first_step_decides_everything(run: Run, engine: EngineFactory) -> None:
-    assert all(report.pruning is None for report in _generate(run, engine).steps)
+def test_no_pruning_when_the_first_step_decides_everything(run: Run, generate: Callable[[Run], Generation]) -> None:
+    assert all(report.pruning is None for report in generate(run).steps)
 
 
 def test_the_golden_data_covers_every_mode() -> None:

@@ -1,0 +1,72 @@
+"""Golden runs as vLLM requests, and a look into the block pool of an in-process engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+from golden_data import Case, Run
+
+
+def prompt_of(case: Case) -> dict[str, Any]:
+    """What `LLM.generate` takes: the templated text with its `<image>` marks, and the images."""
+    images = case.images()
+    prompt: dict[str, Any] = {"prompt": case.prompt}
+    if images:
+        prompt["multi_modal_data"] = {"image": images}
+    return prompt
+
+
+def knobs_of(run: Run) -> dict[str, Any]:
+    """The run as `extra_args` / `vllm_xargs`."""
+    params = run.params
+    knobs: dict[str, Any] = {"redvtp_block_length": params["block_length"], "redvtp_steps": params["steps"]}
+    if "prefix_refresh_interval" in params:
+        knobs |= {"redvtp_cache": "prefix", "redvtp_refresh_interval": params["prefix_refresh_interval"]}
+    if "generation_suffix" in params:
+        knobs["redvtp_suffix"] = params["generation_suffix"]
+    if run.keep_ratio is None:
+        knobs["redvtp_pruning"] = "none"
+    else:
+        knobs["redvtp_keep_ratio"] = run.keep_ratio
+    return knobs
+
+
+def sampling_of(run: Run, **knobs: Any) -> SamplingParams:
+    # The reference ends at the stop strings it is given and at nothing else.
+    return SamplingParams(
+        max_tokens=run.params["gen_length"],
+        temperature=0.0,
+        ignore_eos=True,
+        stop=run.params.get("stopping_criteria"),
+        extra_args={**knobs_of(run), **knobs},
+    )
+
+
+def answer_of(run: Run, token_ids: list[int], llm: LLM) -> list[int]:
+    """The tokens a client got, up to the stop string, plus the suffix vLLM has no place for: what the reference returns."""
+    tokenizer = llm.get_tokenizer()
+    answer = list(token_ids)
+    for stop in run.params.get("stopping_criteria", ()):
+        ids = tokenizer.encode(stop, add_special_tokens=False)
+        if answer[-len(ids) :] == ids:
+            answer = answer[: -len(ids)]
+    suffix: list[int] = tokenizer.encode(run.params.get("generation_suffix", ""), add_special_tokens=False)
+    return answer + suffix
+
+
+def scheduler_of(llm: LLM) -> Any:
+    """The DiffusionScheduler of an in-process engine."""
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm: LLM) -> int:
+    blocks: int = scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+    return blocks
+
+
+def usable_blocks(llm: LLM) -> int:
+    """All blocks but the one vLLM keeps for itself."""
+    blocks: int = scheduler_of(llm).kv_cache_manager.block_pool.num_gpu_blocks
+    return blocks - 1
