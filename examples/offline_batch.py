@@ -102,6 +102,8 @@ def answers(
     llm.chat() would hand all answers over at the end, and refuse the whole list for one bad image. This is what it does
     inside, one request at a time, with at most `in_flight` decoded images in memory.
     """
+    from vllm.exceptions import VLLMClientError
+
     waiting = iter(images)
     running: dict[str, str] = {}
     while True:
@@ -110,9 +112,9 @@ def answers(
                 content = [{"type": "image_pil", "image_pil": open_image(path)}, {"type": "text", "text": prompt}]
                 conversation: list[Any] = [{"role": "user", "content": content}]
                 (request_id,) = llm.enqueue_chat(conversation, sampling, use_tqdm=False)
-                # vLLM 0.32 returns its inner id, the request's own and a random tail, and outputs bear the request's own.
+                # vLLM 0.32 returns its inner id: the one that outputs bear, and a random tail.
                 running[request_id.rpartition("-")[0]] = path.name
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, VLLMClientError) as error:
                 yield {"image": path.name, "error": str(error)}
         if not running:
             return

