@@ -158,7 +158,7 @@ def _measure(
                 measured[setting].latencies.append(seconds)
                 bar.update()
         for setting in order:
-            measured[setting].memory = measure_memory(engine, requests[setting], repeats=3)
+            measured[setting].memory = measure_memory(engine, requests[setting])
             bar.update()
         for setting in order:
             measured[setting].times = step_times(engine, requests[setting])
@@ -219,7 +219,8 @@ def report(results: dict[str, Any]) -> str:
     head = (
         f"{model['layers']} layers, hidden {model['hidden']}, {model['dtype']}, {machine['device']} with "
         f"{machine['threads']} threads; prompt of {request['prompt_tokens']:,} tokens, "
-        f"{request['visual_tokens']:,} of them visual; gen/block/steps {lengths}; median of {results['repeats']} interleaved runs"
+        f"{request['visual_tokens']:,} of them visual; gen/block/steps {lengths}; "
+        f"median of {results['repeats']} interleaved runs"
     )
     columns = (
         "cache", "setting", "latency s", "tokens/s", "ratio", "FLOP ceiling", "of ceiling", "peak MiB", "later MiB",

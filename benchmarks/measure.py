@@ -19,6 +19,8 @@ from redvtp.local import Generation, LocalEngine, Request
 from redvtp.pruning.scores import AttentionScores
 from redvtp.sequence import Sequence
 
+WATCHED_STEPS = 5
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -66,13 +68,8 @@ def touch_cache(engine: LocalEngine) -> None:
         pages.fill_(0)
 
 
-def measure_memory(engine: LocalEngine, request: Request, repeats: int) -> Memory:
-    """Medians over `repeats` requests, of which only the first three steps are run."""
-    measured = [_memory_once(engine, request) for _ in range(repeats)]
-    return Memory(*(int(statistics.median(column)) for column in zip(*measured, strict=True)))
-
-
-def _memory_once(engine: LocalEngine, request: Request) -> tuple[int, int, int]:
+def measure_memory(engine: LocalEngine, request: Request) -> Memory:
+    """Of a request of which only the first three steps are run."""
     with stepping(engine, request) as start:
         meter = PeakMemory(engine.device)
         batch: list[Sequence] = []
@@ -81,7 +78,7 @@ def _memory_once(engine: LocalEngine, request: Request) -> tuple[int, int, int]:
         later = [0]
         while not batch[0].finished and len(later) < 3:
             later.append(meter.measure(lambda: engine.runner.step(batch)))
-        return encode, first, max(later)
+        return Memory(encode, first, max(later))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +91,7 @@ class StepTimes:
 
 
 def step_times(engine: LocalEngine, request: Request) -> StepTimes:
-    """One request with a stopwatch in it. Watching costs a little, so these are shares, not the latency."""
+    """The first steps of a request with a stopwatch in them. Watching costs a little: shares, not the latency."""
     parts: list[dict[str, float]] = []
     with stepping(engine, request) as start:
         began = time.perf_counter()
@@ -102,7 +99,7 @@ def step_times(engine: LocalEngine, request: Request) -> StepTimes:
         synchronize(engine.device)
         encode = time.perf_counter() - began
         watched = _watched(engine)
-        while not sequence.finished:
+        while not sequence.finished and len(parts) < WATCHED_STEPS:
             watch = Stopwatch(engine.device)
             with watch.watching(*watched), watch.timed("everything else"):
                 engine.runner.step([sequence])

@@ -57,8 +57,9 @@ fetch() {
         sleep $((try * 3))
     done
     die "pip could not do: pip $*" \
-        "If its message above speaks of a connection, a timeout or a hash, check the network (behind a proxy set HTTPS_PROXY," \
-        "behind a mirror PIP_INDEX_URL) and run this command again: what was already downloaded is kept." \
+        "If its message above speaks of a connection, a certificate, a timeout or a hash: check the network (a proxy is set with" \
+        "HTTPS_PROXY, its certificate with PIP_CERT, a mirror with PIP_INDEX_URL) and run this command again. What was already" \
+        "downloaded is kept." \
         "If it says 'No space left', free some: the CPU environment takes about 3 GB, the CUDA one about 12 GB." \
         "To start over: rm -rf .venv"
 }

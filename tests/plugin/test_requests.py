@@ -109,18 +109,20 @@ def test_prompt_canvas_and_suffix_must_fit_the_model(answering: LLM) -> None:
     longest = answering.model_config.max_model_len
     prompt = SQUARE.meta["prompt_len"]
     room = longest - prompt
+    what = rf"prompt \({prompt} tokens, 88 of them visual\) plus gen_length"
     _refused(
         answering,
         prompt_of(SQUARE),
-        rf"prompt \({prompt} tokens, 88 of them visual\) plus gen_length {room + 1} exceeds max_model_len {longest};",
+        rf"{what} {room + 1} exceeds max_model_len {longest}; shorten gen_length",
         max_tokens=room + 1,
     )
+    suffix = {"redvtp_suffix": " yes"}
     _refused(
         answering,
         prompt_of(SQUARE),
-        "plus a suffix of 4 tokens exceeds",
-        max_tokens=room - 3,
-        extra_args={"redvtp_suffix": " yes"},
+        rf"{what} {room - 1} plus a suffix of \d tokens",
+        max_tokens=room - 1,
+        extra_args=suffix,
     )
 
 
@@ -263,16 +265,11 @@ def test_streaming_input_session_is_refused_and_the_engine_lives(answering: LLM)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 64)], ids=str)
-def test_extreme_image_is_answered_or_refused_with_its_size(answering: LLM, size: tuple[int, int]) -> None:
+def test_extreme_image_is_answered(answering: LLM, size: tuple[int, int]) -> None:
     prompt = {**prompt_of(SQUARE), "multi_modal_data": {"image": Image.new("RGB", size, (10, 20, 30))}}
     sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-    try:
-        (output,) = answering.generate([prompt], sampling, use_tqdm=False)
-    except ValueError as error:
-        refusal = str(error)
-        assert f"{size[0]}x{size[1]}" in refusal
-    else:
-        assert len(output.outputs[0].token_ids) == 4
+    (output,) = answering.generate([prompt], sampling, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 4
     assert free_blocks(answering) == usable_blocks(answering)
 
 
