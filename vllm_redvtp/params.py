@@ -73,11 +73,12 @@ def default_gen_length(defaults: Mapping[str, Any]) -> int:
     return length
 
 
-def canvas_length(asked: int | None, sampling: SamplingParams, defaults: Mapping[str, Any]) -> int:
-    """The canvas of a request whose client asked for `asked` tokens (None: it did not say)."""
+def canvas_length(asked: int | None, sampling: SamplingParams, defaults: Mapping[str, Any], room: int) -> int:
+    """The canvas of a request whose client asked for `asked` tokens (None: it did not say) with space for `room`."""
     knob = knob_values(sampling.extra_args).get("gen_length")
     if knob is None:
-        return default_gen_length(defaults) if asked is None else asked
+        # The default is nobody's explicit wish: near the end of the context it takes what is left.
+        return max(1, min(default_gen_length(defaults), room)) if asked is None else asked
     if asked not in (None, knob):
         raise ValueError(f"{PREFIX}gen_length {knob!r} differs from max_tokens {asked}; send one of the two")
     return int(DenoisingParams(gen_length=knob).gen_length)
@@ -105,6 +106,27 @@ def build_params(
         ignore_eos=sampling.ignore_eos,
     )
     return RequestParams(_bend(denoising, bending), pruning, report)
+
+
+def sampling_params(params: RequestParams) -> SamplingParams:
+    """The request that `build_params` reads back as `params`, for engines in this process.
+
+    vLLM's front-end takes no part in how it ends: the text is not detokenised, so stop strings are found on the canvas
+    alone, as in the embedded engine.
+    """
+    knobs: dict[str, Any] = {name: getattr(params.denoising, name) for name in _DENOISING}
+    knobs |= {name: getattr(params.pruning, field) for name, field in _PRUNING.items()}
+    knobs["report"] = params.report
+    sampling = SamplingParams(
+        max_tokens=params.denoising.gen_length,
+        detokenize=False,
+        extra_args={PREFIX + name: value for name, value in knobs.items()},
+    )
+    # Afterwards: the constructor raises a temperature to 0.01, forgets a seed of -1, and wants stop strings detokenised.
+    for name in _FROM_SAMPLING:
+        setattr(sampling, name, getattr(params.denoising, name))
+    sampling.stop = list(params.denoising.stop)
+    return sampling
 
 
 def _bend(denoising: DenoisingParams, wishes: Mapping[str, Any]) -> DenoisingParams:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
 
-from redvtp.kv.blocks import blocks_needed
 from redvtp.params import DenoisingParams
 from redvtp.prompt import special_tokens
 from vllm_redvtp.params import PREFIX, RequestParams, build_params, canvas_length, server_defaults
@@ -51,7 +50,6 @@ class RequestPlanner:
         self._tokenizer = tokenizer
         self._defaults = server_defaults(vllm_config)
         self._max_model_len: int = vllm_config.model_config.max_model_len
-        self._cache_config = vllm_config.cache_config
 
     def plan(
         self, sampling: SamplingParams, prompt_tokens: int, request_id: str = "", asked: int | None = None
@@ -61,9 +59,10 @@ class RequestPlanner:
         asked: the client's max_tokens where that is known. Elsewhere it is read from `sampling`, where an unset one
         has become exactly what is left of the context.
         """
-        if asked is None and sampling.max_tokens != self._max_model_len - prompt_tokens:
+        room = self._max_model_len - prompt_tokens
+        if asked is None and sampling.max_tokens != room:
             asked = sampling.max_tokens
-        gen_length = canvas_length(asked, sampling, self._defaults)
+        gen_length = canvas_length(asked, sampling, self._defaults, room)
         params = build_params(sampling, gen_length, self._defaults, request_id)
         return RequestPlan(
             params,
@@ -73,7 +72,10 @@ class RequestPlanner:
         )
 
     def check_fits(self, plan: RequestPlan, visual_tokens: int) -> None:
-        """Raises ValueError for a request too long for the model, or for the whole KV cache (it would never start)."""
+        """Raises ValueError for a request longer than the model allows.
+
+        The KV cache holds a request of max_model_len at least: vLLM does not start with less.
+        """
         prompt = f"prompt ({plan.prompt_tokens:,} tokens, {visual_tokens:,} of them visual)"
         parts = f"{prompt} plus gen_length {plan.denoising.gen_length}"
         if plan.suffix_ids:
@@ -83,11 +85,6 @@ class RequestPlanner:
                 f"{parts} exceeds max_model_len {self._max_model_len}; "
                 "shorten gen_length (max_tokens) or use a smaller image"
             )
-        blocks = self._cache_config.num_gpu_blocks
-        # vLLM keeps one block for itself. The front-end learns the number of blocks once the engine has started.
-        if blocks is not None and blocks_needed(plan.kv_tokens, self._cache_config.block_size) > blocks - 1:
-            room = (blocks - 1) * self._cache_config.block_size
-            raise ValueError(f"{parts} needs {plan.kv_tokens:,} tokens of KV cache; the whole cache holds {room:,}")
 
     @staticmethod
     def settle(sampling: SamplingParams, gen_length: int) -> None:

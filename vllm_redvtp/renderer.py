@@ -19,6 +19,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
 
 from redvtp.prompt import split_prompt
+from vllm_redvtp.params import PREFIX
 from vllm_redvtp.planning import RequestPlanner
 from vllm_redvtp.processing import decode_prompt
 
@@ -57,34 +58,48 @@ class DiffusionRenderer(HfRenderer):
         self, prompt: Any, *, skip_mm_cache: bool = False, tok_params: TokenizeParams | None = None
     ) -> Any:
         rendered = super()._process_singleton(prompt, skip_mm_cache=skip_mm_cache, tok_params=tok_params)
-        return self._with_check(cast(dict[str, Any], rendered), tok_params)
+        return self._with_check(cast(dict[str, Any], rendered), self._check_offline)
 
     async def _process_singleton_async(
         self, prompt: Any, *, skip_mm_cache: bool = False, tok_params: TokenizeParams | None = None
     ) -> Any:
         rendered = await super()._process_singleton_async(prompt, skip_mm_cache=skip_mm_cache, tok_params=tok_params)
-        return self._with_check(cast(dict[str, Any], rendered), tok_params)
+        asked = tok_params.max_output_tokens if tok_params is not None else 0
+        return self._with_check(cast(dict[str, Any], rendered), partial(self._check, asked=asked or None))
 
-    def _with_check(self, rendered: dict[str, Any], tok_params: TokenizeParams | None) -> dict[str, Any]:
+    def _with_check(self, rendered: dict[str, Any], check: Callable[..., None]) -> dict[str, Any]:
         ids: list[int] = rendered["prompt_token_ids"]
         if rendered["type"] == "token":
             # With images the processor has done this; without, a mark would reach the model as text.
             split_prompt(self.get_tokenizer(), decode_prompt(self.get_tokenizer(), ids), num_images=0)
         spans = [span for ranges in rendered.get("mm_placeholders", {}).values() for span in ranges]
-        asked = tok_params.max_output_tokens if tok_params is not None else 0
-        rendered[CHECK] = partial(self._check, len(ids), sum(span.length for span in spans), asked)
+        rendered[CHECK] = partial(check, len(ids), sum(span.length for span in spans))
         return rendered
 
-    def _check(self, prompt_tokens: int, visual_tokens: int, asked: int, sampling: SamplingParams) -> None:
-        """asked: max_tokens as the client sent it, 0 where it sent none or the prompt did not come over HTTP."""
+    def _check(
+        self, prompt_tokens: int, visual_tokens: int, sampling: SamplingParams, *, asked: int | None = None
+    ) -> None:
+        """asked: max_tokens as the client sent it; None where it sent none."""
         try:
-            plan = self._planner.plan(sampling, prompt_tokens, asked=asked or None)
+            plan = self._planner.plan(sampling, prompt_tokens, asked=asked)
             self._planner.check_fits(plan, visual_tokens)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
-        if asked and asked == sampling.max_tokens == self.model_config.max_model_len - prompt_tokens:
+        if asked is not None and asked == sampling.max_tokens == self.model_config.max_model_len - prompt_tokens:
             # Further on, a max_tokens that fills the context would read as "unset".
             RequestPlanner.settle(sampling, asked)
+
+    def _check_offline(self, prompt_tokens: int, visual_tokens: int, sampling: SamplingParams) -> None:
+        """`LLM` shows the caller's own parameters, which may serve other prompts too and must not be written to."""
+        asked = sampling.max_tokens
+        self._check(prompt_tokens, visual_tokens, sampling)
+        plan = self._planner.plan(sampling, prompt_tokens)
+        if asked is not None and asked > plan.denoising.gen_length:
+            raise VLLMValidationError(
+                f"max_tokens {asked} is all that is left of the context, which vLLM cannot tell from leaving it out; "
+                f"pass extra_args {{'{PREFIX}gen_length': {asked}}} instead",
+                parameter="max_tokens",
+            )
 
 
 def install_request_check() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from golden_data import Case
 from plugin.requests import free_blocks, prompt_of, scheduler_of, usable_blocks
@@ -109,6 +110,17 @@ def test_preempted_request_keeps_what_it_streamed_and_completes(llm: LLM) -> Non
     assert len(tokens) == GEN
 
 
+def test_longest_request_fits_the_smallest_pool(llm_factory: Callable[..., LLM]) -> None:
+    """vLLM starts with no fewer blocks than max_model_len needs, so what fits the model fits the cache."""
+    need = SQUARE.meta["prompt_len"] + GEN
+    llm = llm_factory("tiny-llada-v", num_gpu_blocks_override=_blocks(need) + 1, max_model_len=need)
+    (output,) = llm.generate([prompt_of(SQUARE)], _sampling(), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == GEN
+    with pytest.raises(VLLMValidationError, match="exceeds max_model_len"):
+        llm.generate([prompt_of(SQUARE)], SamplingParams(max_tokens=GEN + 1), use_tqdm=False)
+    assert free_blocks(llm) == usable_blocks(llm)
+
+
 def test_more_requests_than_the_pool_holds_all_get_their_own_answer(llm_factory: Callable[..., LLM]) -> None:
     one = _blocks(SQUARE.meta["prompt_len"] + GEN)
     llm = llm_factory("tiny-llada-v", num_gpu_blocks_override=2 * one + 1, max_model_len=256)
@@ -133,12 +145,3 @@ def test_blocks_of_a_prune_admit_the_next_request(llm_factory: Callable[..., LLM
     first, second = _finish_all(llm).values()
     assert first == second
     assert free_blocks(llm) == usable_blocks(llm)
-
-
-def test_request_larger_than_the_whole_pool_is_refused(llm_factory: Callable[..., LLM]) -> None:
-    # vLLM starts with as many blocks as the longest request needs, but keeps one of them for itself.
-    llm = llm_factory("tiny-llada-v", num_gpu_blocks_override=6, max_model_len=192)
-    with pytest.raises(ValueError, match=r"needs 182 tokens of KV cache; the whole cache holds 160"):
-        llm.generate([prompt_of(SQUARE)], _sampling(), use_tqdm=False)
-    (small,) = llm.generate(["Hello"], _sampling(), use_tqdm=False)
-    assert len(small.outputs[0].token_ids) == GEN

@@ -116,7 +116,7 @@ def test_prompt_canvas_and_suffix_must_fit_the_model(answering: LLM) -> None:
         rf"{what} {room + 1} exceeds max_model_len {longest}; shorten gen_length",
         max_tokens=room + 1,
     )
-    suffix = {"redvtp_suffix": " yes"}
+    suffix = {"redvtp_suffix": " and so it goes on"}
     _refused(
         answering,
         prompt_of(SQUARE),
@@ -131,6 +131,20 @@ def test_unset_max_tokens_is_the_default_canvas(llm: LLM) -> None:
     (output,) = llm.generate([HELLO], sampling, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 64
     assert output.outputs[0].finish_reason == "length"
+
+
+def test_unset_max_tokens_near_the_end_of_the_context_takes_what_is_left(llm_factory: Callable[..., LLM]) -> None:
+    room = 20
+    llm = llm_factory("tiny-llada-v", max_model_len=SQUARE.meta["prompt_len"] + room)
+    sampling = SamplingParams(max_tokens=None, temperature=0.0, ignore_eos=True)
+    (output,) = llm.generate([prompt_of(SQUARE)], sampling, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == room
+
+
+def test_max_tokens_that_fills_the_context_is_not_taken_for_unset(answering: LLM) -> None:
+    prompt = len(answering.get_tokenizer().encode(HELLO, add_special_tokens=False))
+    room = answering.model_config.max_model_len - prompt
+    _refused(answering, HELLO, rf"max_tokens {room} is all that is left .*redvtp_gen_length", max_tokens=room)
 
 
 def test_gen_length_knob_is_the_canvas(llm: LLM) -> None:
@@ -303,4 +317,5 @@ def test_bfloat16_answers(llm_factory: Callable[..., LLM]) -> None:
 
 
 def test_raw_token_ids_outside_the_vocabulary_are_refused(answering: LLM) -> None:
-    _refused(answering, {"prompt_token_ids": [1, 10**6]}, "token ids|vocabulary|out of")
+    with pytest.raises(ValueError, match=r"token ids outside \[0, 593\]"):
+        answering.generate([{"prompt_token_ids": [1, 10**6]}], SamplingParams(max_tokens=8), use_tqdm=False)
