@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 CACHES = ("none", "prefix")
 REMASKINGS = ("low_confidence", "random")
-PRESETS = ("redvtp", "none")
+PRESETS = ("redvtp", "random", "uniform", "none")
 POSITIONS = ("compact", "original")
 
 DEFAULT_BLOCK_LENGTH = 32
@@ -109,7 +109,8 @@ class DenoisingParams:
 class PruningParams:
     """When and how visual tokens are dropped (RedVTP, arXiv 2511.12428, section 3).
 
-    preset: `redvtp` prunes once, after the first denoising step; `none` keeps every visual token.
+    preset: `redvtp` prunes once, after the first denoising step, by attention; `random` and `uniform` (evenly spaced)
+    prune then without looking, to compare with; `none` keeps every visual token.
     keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays.
     positions: `compact` renumbers the survivors 0..n-1 (the reference), `original` keeps the positions they had.
 

@@ -20,7 +20,7 @@ from redvtp.kv.cache import PagedKVCache
 from redvtp.kv.compaction import compact, plan_compaction
 from redvtp.models.llada_v import LladaV
 from redvtp.prompt import SpecialTokens
-from redvtp.pruning.budget import most_important, tokens_to_keep
+from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
 from redvtp.pruning.scores import AttentionScores, masked_row_importance
 from redvtp.sequence import PruningReport, Sequence, StepPlan, StepReport
 
@@ -66,6 +66,7 @@ class DenoisingRunner:
         packed = self.forward(batch)
         masked_before = [sequence.canvas.masked() for sequence in batch]
         positions = [(sequence.canvas.block, sequence.steps_done) for sequence in batch]
+        pruning_due = [sequence.prunes_next() for sequence in batch]
         committed = self._commit(batch, packed)
         reports = []
         for index, sequence in enumerate(batch):
@@ -73,7 +74,10 @@ class DenoisingRunner:
             # A committed row is decided even if the model proposed the mask id for it (as in the reference).
             still_masked = undecided.index_fill(0, committed[index], False)[undecided]
             held = blocks_needed(sequence.total_length, self.cache.block_size)
-            pruning = self._prune(sequence, packed.segments[index].scores, still_masked, positions[index][1])
+            pruning = None
+            # With nothing left to decide there is nothing to prune for.
+            if pruning_due[index] and bool(still_masked.any()):
+                pruning = self._prune(sequence, packed.segments[index].scores, still_masked, positions[index][1])
             blocks = blocks_needed(sequence.total_length, self.cache.block_size)
             plan = packed.plans[index]
             reports.append(
@@ -88,6 +92,7 @@ class DenoisingRunner:
                     blocks_freed=held - blocks,
                     new_tokens=sequence.canvas.resolved_growth(),
                     canvas=sequence.canvas.tokens.tolist(),
+                    answer_length=sequence.canvas.answer_length,
                     prompt_length=sequence.prompt_length,
                     finished=sequence.finished,
                     finish_reason=sequence.finish_reason,
@@ -129,7 +134,7 @@ class DenoisingRunner:
         total, size = sequence.total_length, self.cache.block_size
         slots = slots_of(torch.tensor(sequence.block_table, device=device), 0, total, size)
         scores = None
-        if sequence.prunes_next():
+        if sequence.scores_next():
             canvas_rows = sequence.prompt_length + sequence.canvas.masked().nonzero()[:, 0]
             config = self.model.config
             scores = AttentionScores(
@@ -176,14 +181,20 @@ class DenoisingRunner:
 
     def _prune(
         self, sequence: Sequence, scores: AttentionScores | None, still_masked: Tensor, step: int
-    ) -> PruningReport | None:
-        """Drop the least looked-at visual tokens; none when this step does not score or nothing is left to decide."""
-        if scores is None or not bool(still_masked.any()):
-            return None
-        by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())
-        importance = masked_row_importance(by_row, still_masked.to(by_row.device)).cpu()
+    ) -> PruningReport:
+        """Drop the least looked-at visual tokens, or those a control picks (scores: None)."""
         before = sequence.num_visual
-        kept = most_important(importance, tokens_to_keep(before, sequence.pruning.keep_ratio))
+        count = tokens_to_keep(before, sequence.pruning.keep_ratio)
+        if scores is not None:
+            by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())
+            importance = masked_row_importance(by_row, still_masked.to(by_row.device)).cpu()
+            kept = most_important(importance, count)
+        elif sequence.pruning.preset == "random":
+            importance = torch.rand(before, generator=sequence.generator)
+            kept = most_important(importance, count)
+        else:
+            importance = torch.ones(before)
+            kept = evenly_spaced(before, count)
         if kept.numel() < before:
             self._drop(sequence, kept)
         return PruningReport(step, None, before, kept.numel(), importance.tolist(), kept.tolist())

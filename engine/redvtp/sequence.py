@@ -42,9 +42,9 @@ class PruningReport:
 class StepReport:
     """What one denoising step did to one sequence. Plain numbers, so that it travels between processes.
 
-    new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. prompt_length:
-    kept prompt tokens after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will
-    compute.
+    new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. answer_length: the
+    canvas tokens before the first stop sequence so far, all of them without one. prompt_length: kept prompt tokens
+    after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will compute.
     """
 
     request_id: str
@@ -57,6 +57,7 @@ class StepReport:
     blocks_freed: int
     new_tokens: list[int]
     canvas: list[int]
+    answer_length: int
     prompt_length: int
     finished: bool
     finish_reason: str | None
@@ -159,8 +160,12 @@ class Sequence:
         return StepPlan("full", self.total_length)
 
     def prunes_next(self) -> bool:
-        """Whether the next step scores the visual tokens and drops some: RedVTP does at the first step."""
-        return self.pruning.preset == "redvtp" and self.steps_done == 0 and self.num_visual > 0
+        """Whether visual tokens are dropped after the next step: all presets do it after the first."""
+        return self.pruning.preset != "none" and self.steps_done == 0 and self.num_visual > 0
+
+    def scores_next(self) -> bool:
+        """Whether the next step measures attention to the visual tokens; the controls prune without looking."""
+        return self.pruning.preset == "redvtp" and self.prunes_next()
 
     def response_positions(self, start: int = 0) -> Tensor:
         """Positions of the canvas from row `start` on, and of the suffix behind it."""

@@ -144,14 +144,30 @@ def test_every_image_is_pruned_where_it_stands(engine: EngineFactory) -> None:
     assert any(index < 16 for index in pruning.kept)
 
 
-def test_keeping_everything_changes_nothing(engine: EngineFactory) -> None:
+@pytest.mark.parametrize("preset", ["redvtp", "random", "uniform"])
+def test_keeping_everything_changes_nothing(engine: EngineFactory, preset: str) -> None:
     local = engine(CHECKPOINT)
     denoising = DenoisingParams(gen_length=16, ignore_eos=True)
-    kept, plain = local.generate(
-        [_request(local, "wide", denoising, p) for p in (PruningParams(keep_ratio=1.0), PruningParams(preset="none"))]
-    )
+    presets = (PruningParams(preset=preset, keep_ratio=1.0), PruningParams(preset="none"))
+    kept, plain = local.generate([_request(local, "wide", denoising, p) for p in presets])
     assert [s.canvas for s in kept.steps] == [s.canvas for s in plain.steps]
     assert kept.steps[0].blocks_freed == 0
+
+
+def test_controls_keep_as_many_tokens_without_looking(engine: EngineFactory) -> None:
+    local = engine(CHECKPOINT)
+
+    def kept(preset: str, seed: int) -> list[int]:
+        denoising = DenoisingParams(gen_length=16, steps=2, seed=seed)
+        request = _request(local, "square", denoising, PruningParams(preset=preset, keep_ratio=0.25))
+        (pruning,) = (step.pruning for step in local.generate([request])[0].steps if step.pruning is not None)
+        return pruning.kept
+
+    by_chance = kept("random", 1)
+    assert len(by_chance) == len(kept("redvtp", 1)) == 22
+    assert by_chance == kept("random", 1) != kept("random", 2)
+    # 22 of 88: the third of every four.
+    assert kept("uniform", 1) == list(range(2, 88, 4))
 
 
 def test_end_tokens_stop_unless_ignored(engine: EngineFactory) -> None:

@@ -32,7 +32,7 @@ BAD_PRUNING: list[tuple[dict[str, Any], str]] = [
     ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \(0, 1\], got 1.5"),
     ({"keep_ratio": "x"}, r"keep_ratio must be a number in \(0, 1\], got 'x'"),
     ({"keep_ratio": float("nan")}, "keep_ratio must be"),
-    ({"preset": "fastv"}, "pruning must be one of redvtp, none, got 'fastv'"),
+    ({"preset": "fastv"}, "pruning must be one of redvtp, random, uniform, none, got 'fastv'"),
     ({"positions": "shuffled"}, "positions must be one of compact, original, got 'shuffled'"),
 ]
 

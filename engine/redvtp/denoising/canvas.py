@@ -118,9 +118,14 @@ class Canvas:
         self._emitted = max(self._emitted, end)
         return growth
 
+    @property
+    def answer_length(self) -> int:
+        """Canvas tokens before the stop sequence; all of them if there is none."""
+        return self.gen_length if self._stop_at is None else self._stop_at
+
     def answer(self) -> list[int]:
         """The canvas, cut before the stop sequence if there is one."""
-        answer: list[int] = self.tokens[: self._stop_at].tolist()
+        answer: list[int] = self.tokens[: self.answer_length].tolist()
         return answer
 
     def _skip_decided_blocks(self) -> None:
