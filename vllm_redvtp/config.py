@@ -96,9 +96,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     }
     for feature, wanted in refused.items():
         if wanted:
-            raise ValueError(
-                f"{feature} is not supported for diffusion decoding of LLaDA-V; start the server without it"
-            )
+            raise ValueError(f"not supported for diffusion decoding of LLaDA-V: {feature}; start the server without it")
     config = llada_v_config(vllm_config.model_config)
     ranks = parallel.tensor_parallel_size
     if config.num_key_value_heads % ranks:
@@ -114,10 +112,14 @@ def _use_our_parts(vllm_config: VllmConfig) -> None:
         vllm_config.parallel_config.worker_cls = f"vllm_redvtp.worker.{kind}"
     if vllm_config.scheduler_config.scheduler_cls is None:
         vllm_config.scheduler_config.scheduler_cls = "vllm_redvtp.scheduler.DiffusionScheduler"
-    if vllm_config.model_config.multimodal_config is not None:
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None:
         # A request refused after image processing would leave the front-end's cache ahead of the engine's, and the next
         # request with that image would fail once with HTTP 500.
-        vllm_config.model_config.multimodal_config.mm_processor_cache_gb = 0
+        multimodal.mm_processor_cache_gb = 0
+        # Pictures come to our processor as they are, and it drops transparency as the reference does. vLLM would lay
+        # them on white, and turn an oversized one into RGB before it is refused.
+        multimodal.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
 
 
 def _schedule_synchronously(vllm_config: VllmConfig) -> None:

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from redvtp.vision.images import MAX_SIDE, open_image, validate_size
 
@@ -34,6 +34,18 @@ def test_every_pixel_mode_becomes_rgb(mode: str) -> None:
     Image.new(mode, (5, 4)).save(buffer, "TIFF")
     image = open_image(buffer)
     assert (image.mode, image.size) == ("RGB", (5, 4))
+
+
+def test_a_phone_photo_stands_upright() -> None:
+    buffer = io.BytesIO()
+    sideways = Image.new("RGB", (8, 4))
+    sideways.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    sideways.save(buffer, "PNG", exif=exif)
+    image = open_image(buffer)
+    assert image.size == (4, 8)
+    assert image.getpixel((3, 0)) == (255, 255, 255)
 
 
 def test_alpha_is_dropped_not_blended() -> None:

@@ -6,10 +6,11 @@ loader).
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # No JPEG is longer than this. Tiling needs memory for one tile's width times the longer side, 75 MB of it at this
 # limit.
@@ -40,20 +41,25 @@ def validate_padded_size(width: int, height: int) -> None:
 
 
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Reads an image (first frame) and converts it to RGB, as the reference does: no EXIF rotation, alpha dropped.
+    """Reads an image (first frame), turns it upright and converts it to RGB; alpha is dropped, as by the reference.
+
+    A phone's photo stands as its EXIF orientation says, as vLLM shows it to the server too (the reference ignores it).
 
     The size is checked before any pixel is decoded.
     """
     name = f"image file {source}" if isinstance(source, (str, Path)) else "image"
     try:
-        with Image.open(source) as image:
-            validate_size(*image.size)
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            # From its limit on PIL warns; the size rule below refuses, with the size.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(source)
+        with opened as image:
+            _validate_size_of(name, image)
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} is not in an image format that PIL reads") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # PIL refuses by itself, before the size is known here, from twice the limit on (or from the limit on, under
-        # `python -W error`).
+    except Image.DecompressionBombError as error:
+        # PIL refuses by itself, before the size is known here, from twice the limit on.
         raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels; scale it down") from error
     except FileNotFoundError as error:
         raise ValueError(f"{name} does not exist") from error
@@ -62,3 +68,10 @@ def open_image(source: str | Path | BinaryIO) -> Image.Image:
     except (OSError, SyntaxError, EOFError) as error:
         # PIL's decoders report broken data in all of these ways.
         raise ValueError(f"{name} is damaged or cut short: {error}") from error
+
+
+def _validate_size_of(name: str, image: Image.Image) -> None:
+    try:
+        validate_size(*image.size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

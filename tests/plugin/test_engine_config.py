@@ -1,0 +1,132 @@
+"""What `vllm serve LLADA-V ...` starts with, and the command lines it refuses with a sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from golden_data import checkpoint_dir
+from plugin.command_line import engine_config
+from plugin.conftest import in_process_llm
+
+MODEL = checkpoint_dir("tiny-llada-v")
+TOWER = checkpoint_dir("siglip2-so400m-patch14-tiny56")
+
+
+def test_llada_v_gets_our_parts() -> None:
+    config = engine_config(MODEL)
+    assert config.scheduler_config.scheduler_cls == "vllm_redvtp.scheduler.DiffusionScheduler"
+    assert config.parallel_config.worker_cls.startswith("vllm_redvtp.worker.")
+    assert config.model_config.logits_processors == ["vllm_redvtp.params:RequestKnobs"]
+    assert config.model_config.tokenizer_mode == "redvtp"
+    assert config.model_config.enforce_eager
+    assert config.cache_config.block_size == 32
+    assert not config.cache_config.enable_prefix_caching
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.scheduler_config.async_scheduling
+    # Prompt and canvas go through the model in one piece.
+    assert config.scheduler_config.max_num_batched_tokens >= config.model_config.max_model_len
+    assert config.model_config.get_diff_sampling_param()["temperature"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "read", "value"),
+    [
+        (["--block-size", "64"], lambda config: config.cache_config.block_size, 64),
+        (["--kv-cache-memory-bytes", "1000000"], lambda config: config.cache_config.kv_cache_memory_bytes, 1_000_000),
+        (["--max-num-batched-tokens", "9999"], lambda config: config.scheduler_config.max_num_batched_tokens, 9999),
+        (
+            ["--override-generation-config", '{"temperature": 0.3}'],
+            lambda config: config.model_config.get_diff_sampling_param()["temperature"],
+            0.3,
+        ),
+        # vLLM's own defaults, asked for by name: no temperature of ours.
+        (
+            ["--generation-config", "vllm"],
+            lambda config: config.model_config.get_diff_sampling_param().get("temperature"),
+            None,
+        ),
+        (
+            ["--media-io-kwargs", '{"image": {"image_mode": "RGB"}}'],
+            lambda config: config.model_config.multimodal_config.media_io_kwargs["image"]["image_mode"],
+            "RGB",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_operators_choice_stands(options: list[str], read: Callable[[Any], Any], value: Any) -> None:
+    assert read(engine_config(MODEL, *options)) == value
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--pipeline-parallel-size", "2"], r"of LLaDA-V: pipeline parallelism \(--pipeline-parallel-size\)"),
+        (["--enable-lora"], r"of LLaDA-V: LoRA \(--enable-lora\)"),
+        (
+            ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
+            r"of LLaDA-V: KV connectors \(--kv-transfer-config\)",
+        ),
+        (
+            ["--ec-transfer-config", '{"ec_connector": "ExampleConnector", "ec_role": "ec_both"}'],
+            r"of LLaDA-V: encoder connectors \(--ec-transfer-config\)",
+        ),
+        (
+            ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+            r"of LLaDA-V: speculative decoding \(--speculative-config\)",
+        ),
+        (["--kv-cache-dtype", "fp8"], r"of LLaDA-V: a quantised KV cache \(--kv-cache-dtype\)"),
+        (["--tensor-parallel-size", "3"], "--tensor-parallel-size 3 does not divide the 4 KV heads"),
+        (["--skip-tokenizer-init"], "LLaDA-V needs its tokenizer"),
+        (["--enable-prompt-embeds"], "--enable-prompt-embeds is not supported for LLaDA-V"),
+        (["--additional-config", '{"redvtp": {"keep_ratio": 2}}'], r"keep_ratio must be a number in \(0, 1\], got 2"),
+        (["--additional-config", '{"redvtp": {"keepratio": 1}}'], "unknown redvtp knob 'keepratio'; allowed: "),
+        (["--additional-config", '{"redvtp": 0.5}'], "'redvtp' must be an object of knobs, got 0.5"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_line_that_cannot_work_is_refused(options: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        engine_config(MODEL, *options)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint to break, beside its tower."""
+    for source in (MODEL, TOWER):
+        # copyfile: the permissions of the source may forbid writing.
+        shutil.copytree(source, tmp_path / source.name, copy_function=shutil.copyfile)
+        (tmp_path / source.name).chmod(0o755)
+    return tmp_path / MODEL.name
+
+
+def _change_config(checkpoint: Path, **changes: Any) -> None:
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_checkpoint_that_lacks_tensors_is_refused_by_their_names(checkpoint: Path) -> None:
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.image_newline"], weights["model.norm.weight"]
+    save_file(weights, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint lacks 2 tensors: model\.image_newline, model\.norm\.weight"):
+        in_process_llm(str(checkpoint))
+
+
+def test_wrong_architecture_is_refused_by_its_name(checkpoint: Path) -> None:
+    """LaViDa says model_type llava_llada, too."""
+    _change_config(checkpoint, architectures=["LlavaLladaForMaskedDiffusion"])
+    with pytest.raises(ValueError, match=r"LlavaLladaForMaskedDiffusion.* not supported.*LlavaLLaDAModelLM"):
+        engine_config(checkpoint)
+
+
+def test_checkpoint_the_engine_cannot_run_is_refused_by_key_and_value(checkpoint: Path) -> None:
+    _change_config(checkpoint, mm_projector_type="linear")
+    with pytest.raises(ValueError, match=r"mm_projector_type.*linear.*mlp2x_gelu"):
+        engine_config(checkpoint)
