@@ -44,9 +44,8 @@ def sampling_of(run: Run, **knobs: Any) -> SamplingParams:
     )
 
 
-def answer_of(run: Run, token_ids: list[int], llm: LLM) -> list[int]:
+def answer_of(run: Run, token_ids: list[int], tokenizer: Any) -> list[int]:
     """What the reference returns: the tokens a client got, up to the stop string, plus the suffix vLLM cannot carry."""
-    tokenizer = llm.get_tokenizer()
     answer = list(token_ids)
     for stop in run.params.get("stopping_criteria", ()):
         ids = tokenizer.encode(stop, add_special_tokens=False)

@@ -28,7 +28,7 @@ def _answer(run: Run, llm_factory: Callable[..., LLM]) -> list[int]:
         ]
         outputs = llm.generate([prompt_of(other.case) for other in batch], [sampling_of(other) for other in batch])
         for other, output in zip(batch, outputs, strict=True):
-            _ANSWERS[str(other)] = answer_of(other, list(output.outputs[0].token_ids), llm)
+            _ANSWERS[str(other)] = answer_of(other, list(output.outputs[0].token_ids), llm.get_tokenizer())
     return _ANSWERS[str(run)]
 
 

@@ -1,0 +1,101 @@
+"""Each place where we work around vLLM 0.32, with a test that fails once vLLM makes the workaround unnecessary.
+
+A failure here after an update is good news: take the shim out, or look what has changed below it. The option
+`--plugin` has its test in test_other_models.py, where vLLM runs without us.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from PIL.Image import DecompressionBombError
+from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+from vllm.multimodal.media.image import ImageMediaIO
+from vllm.platforms import current_platform
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
+
+from image_bytes import claimed_png
+
+
+def _calls(function: Callable[..., Any] | type) -> list[ast.Call]:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def _names(call: ast.Call) -> set[str]:
+    """Plain names among a call's arguments."""
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return {value.id for value in values if isinstance(value, ast.Name)}
+
+
+def test_prompt_and_parameters_still_meet_in_the_platform_only() -> None:
+    """renderer.install_request_check: no other hook before the engine sees both."""
+    prompts = {"prompt", "engine_input", "encoder_input", "decoder_input"}
+    meetings = [
+        ast.unparse(call.func)
+        for call in _calls(InputProcessor.process_inputs)
+        if "params" in _names(call) and _names(call) & prompts
+    ]
+    assert meetings == ["current_platform.validate_request"]
+
+
+@pytest.mark.parametrize("interface", [LogitsProcessor, LogitsProcessorV2])
+def test_logits_processors_still_do_not_see_the_prompt(interface: type[Any]) -> None:
+    """renderer.install_request_check: otherwise RequestKnobs could do all the checking."""
+    assert list(inspect.signature(interface.validate_params).parameters) == ["sampling_params"]
+
+
+def test_max_tokens_is_still_cut_in_silence() -> None:
+    """renderer.DiffusionRenderer asks what the client sent, since vLLM passes on what fits."""
+    cut = get_max_tokens(max_model_len=100, max_tokens=90, input_length=50, default_sampling_params={})
+    assert cut == 50
+
+
+def test_decompression_bomb_is_still_no_bad_request() -> None:
+    """renderer._image_errors: vLLM answers a ValueError with HTTP 400, anything else with 500."""
+    with pytest.raises(DecompressionBombError):
+        ImageMediaIO().load_bytes(claimed_png(30_000, 30_000))
+    assert not issubclass(DecompressionBombError, ValueError)
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="the worker of the CPU platform")
+def test_cpu_worker_still_names_its_model_runner() -> None:
+    """worker.CpuWorker.init_device: vLLM's worker for CUDA has `_make_model_runner` for this.
+
+    The other names are what ours does too, or needs not do; one more means that our copy has to be looked at.
+    """
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    called = {ast.unparse(call.func) for call in _calls(CPUWorker.init_device)}
+    logging = {name for name in called if name.startswith("logger.")}
+    assert called - logging == {
+        "torch.device",
+        # Advice to preload libraries.
+        "check_preloaded_libs",
+        "os.environ.get",
+        "sys.platform.startswith",
+        "current_platform.get_cpu_architecture",
+        # The name of the process group.
+        "init_method.startswith",
+        "os.path.basename",
+        "init_method.removeprefix",
+        "init_method.split",
+        "init_worker_distributed_environment",
+        "set_random_seed",
+        "CPUModelRunner",
+        "CPUModelRunnerV2",
+    }
+
+
+def test_cuda_worker_still_has_its_own_extension_point() -> None:
+    """worker.GpuWorker overrides it; a renamed one would leave vLLM's runner in place without a word."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert "self._make_model_runner" in {ast.unparse(call.func) for call in _calls(Worker)}

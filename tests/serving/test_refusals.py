@@ -1,0 +1,138 @@
+"""What a client can get wrong: HTTP 400 with the reason, and the next request is answered as if nothing had been.
+
+The `server` fixture adds that nothing was logged as a crash and no KV block was lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from PIL import Image
+
+from golden_data import Case
+from image_bytes import claimed_png, png
+from serving.chat import CHECKPOINT, ask, message
+
+pytestmark = pytest.mark.serving
+
+SQUARE = Case(CHECKPOINT, "square")
+PHOTO = SQUARE.image_files[0].read_bytes()
+LONGEST = 4096  # max_position_embeddings of the checkpoint
+
+
+@pytest.fixture
+def answering(client: openai.OpenAI, model: str) -> Iterator[openai.OpenAI]:
+    """A client of a server that must still answer after the test."""
+    yield client
+    answer = ask(client, model, message("Hello"), max_tokens=4, temperature=0, extra_body={"ignore_eos": True})
+    assert len(answer.token_ids) == 4
+
+
+def _refused(client: openai.OpenAI, model: str, *messages: Any, match: str, **options: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=match) as refusal:
+        ask(client, model, *messages, **{"max_tokens": 8, "temperature": 0, **options})
+    assert refusal.value.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        pytest.param([b"no image at all"], "cannot identify image file", id="text"),
+        pytest.param([b""], "cannot identify image file", id="empty"),
+        pytest.param([PHOTO[: len(PHOTO) // 2]], "image file is truncated", id="truncated"),
+        pytest.param([claimed_png(30_000, 30_000)], "900000000 pixels.*decompression bomb", id="bomb"),
+        # Below PIL's own limit for errors, and all its pixels are there.
+        pytest.param([png(Image.new("L", (10_000, 9_000)))], "10000x9000 has more than 89,478,485 pixels", id="huge"),
+        pytest.param([png(Image.new("RGB", (70_000, 8)))], "70000x8 is longer than 65535 pixels", id="longest"),
+        pytest.param([png(Image.new("RGB", (20_000, 64))), PHOTO], "20000x64 is longer than 16384 pixels", id="padded"),
+    ],
+)
+def test_bad_image_is_refused(answering: openai.OpenAI, model: str, images: list[bytes], reason: str) -> None:
+    _refused(answering, model, message("What?", images), match=reason)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [("data:image/png;base64,@@@@", "base64"), ("photo.png", "must be either a HTTP, data or file URL")],
+)
+def test_bad_image_url_is_refused(answering: openai.OpenAI, model: str, url: str, reason: str) -> None:
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    _refused(answering, model, {"role": "user", "content": content}, match=reason)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 64), (64, 20_000)], ids=str)
+def test_extreme_image_is_answered(answering: openai.OpenAI, model: str, size: tuple[int, int]) -> None:
+    image = png(Image.new("RGB", size, (10, 20, 30)))
+    options = {"max_tokens": 4, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    assert len(ask(answering, model, message("What?", [image]), **options).token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("marks", "images", "reason"),
+    [
+        (2, 1, "more '<image>' placeholders in input prompt than actual multimodal data"),
+        (3, 2, "more '<image>' placeholders in input prompt than actual multimodal data"),
+        (1, 0, "the prompt has 1 <image> mark but 0 images were given"),
+    ],
+)
+def test_more_marks_than_images_are_refused(
+    answering: openai.OpenAI, model: str, marks: int, images: int, reason: str
+) -> None:
+    _refused(answering, model, message("<image> " * marks + "\nWhat?", [PHOTO] * images), match=reason)
+
+
+def test_completions_refuse_a_mark(answering: openai.OpenAI, model: str) -> None:
+    """This endpoint has no field for images."""
+    with pytest.raises(openai.BadRequestError, match="the prompt has 1 <image> mark but 0 images were given"):
+        answering.completions.create(model=model, prompt=SQUARE.prompt, max_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"keep_ratio": 0}, r"keep_ratio must be a number in \(0, 1\], got 0"),
+        ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \(0, 1\], got 1.5"),
+        ({"keep_ratio": "x"}, r"keep_ratio must be a number in \(0, 1\], got 'x'"),
+        ({"keep_ratio": None}, r"redvtp_keep_ratio"),
+        ({"gen_length": 0}, r"gen_length must be an integer in \[1, 65536\], got 0"),
+        ({"gen_length": 10**6}, r"gen_length must be an integer in \[1, 65536\], got 1000000"),
+        ({"block_length": 65}, r"block_length must be an integer in \[1, 64\], got 65"),
+        ({"pruning": "redvpt"}, r"pruning must be one of redvtp, random, uniform, none"),
+        ({"keepratio": 0.5}, r"unknown knob redvtp_keepratio; allowed: .*redvtp_keep_ratio"),
+    ],
+    ids=str,
+)
+def test_bad_knob_is_refused(answering: openai.OpenAI, model: str, knobs: dict[str, Any], reason: str) -> None:
+    xargs = {f"redvtp_{name}": value for name, value in knobs.items()}
+    # max_tokens left out: it would contradict gen_length.
+    options = {"max_tokens": openai.omit, "extra_body": {"vllm_xargs": xargs}}
+    _refused(answering, model, message("What?", [PHOTO]), match=reason, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": LONGEST + 1}, "max_tokens"),
+        ({"logprobs": True}, "logprobs is not supported by diffusion decoding"),
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs is not supported by diffusion decoding"),
+        ({"response_format": {"type": "json_object"}}, "structured outputs .* not supported"),
+        ({"temperature": 1, "top_p": 0.5}, "top_p is not supported by diffusion decoding"),
+    ],
+    ids=str,
+)
+def test_bad_option_is_refused(answering: openai.OpenAI, model: str, options: dict[str, Any], reason: str) -> None:
+    _refused(answering, model, message("What?", [PHOTO]), match=reason, **options)
+
+
+def test_prompt_and_canvas_must_fit_the_model(answering: openai.OpenAI, model: str) -> None:
+    prompt = SQUARE.meta["prompt_len"]
+    room = LONGEST - prompt
+    reason = (
+        rf"prompt \({prompt} tokens, 88 of them visual\) plus gen_length {room + 1} exceeds max_model_len {LONGEST}"
+    )
+    _refused(answering, model, message(SQUARE.question, [PHOTO]), match=reason, max_tokens=room + 1)
+    _refused(answering, model, message("long " * LONGEST), match=f"maximum context length is {LONGEST}")

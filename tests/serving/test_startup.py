@@ -1,0 +1,25 @@
+"""Command lines that must not come up, and what they say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from golden_data import checkpoint_dir
+from serving.chat import CHECKPOINT
+from serving.server import run_to_exit
+
+pytestmark = pytest.mark.serving
+
+
+def test_plugin_that_is_not_installed_stops_the_start(tmp_path: Path) -> None:
+    # Long before a model would be loaded; the time is vLLM's imports, on a busy machine.
+    status, said = run_to_exit(
+        tmp_path / "vllm.log", "serve", checkpoint_dir(CHECKPOINT), "--plugin", "nosuch", seconds=180
+    )
+    assert status == 2
+    assert "--plugin nosuch: no such vLLM plugin is installed (installed: " in said
+    installed = said.split("(installed: ", 1)[1].split(")", 1)[0]
+    assert "redvtp" in installed.split(", ")
+    assert "Traceback" not in said
