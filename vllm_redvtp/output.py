@@ -12,12 +12,16 @@ from redvtp.sequence import StepReport
 
 @dataclass
 class DenoisingOutput(ModelRunnerOutput):
-    """reports: request id -> what its step did. errors: request id -> why it cannot go on (the others can)."""
+    """reports: request id -> what its step did. errors: request id -> why it cannot go on (the others can).
+
+    step_ms: how long the step took, for the whole batch.
+    """
 
     reports: dict[str, StepReport] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
+    step_ms: float = 0.0
 
 
-def report_dict(report: StepReport) -> dict[str, Any]:
+def report_dict(report: StepReport, ms: float) -> dict[str, Any]:
     """A report as JSON-ready data for `kv_transfer_params`."""
-    return asdict(report)
+    return asdict(report) | {"ms": ms}

@@ -120,9 +120,11 @@ def sampling_params(params: RequestParams) -> SamplingParams:
     sampling = SamplingParams(
         max_tokens=params.denoising.gen_length,
         detokenize=False,
+        # A clone would be made by the constructor, see below. The request has these parameters to itself.
+        skip_clone=True,
         extra_args={PREFIX + name: value for name, value in knobs.items()},
     )
-    # Afterwards: the constructor raises a temperature to 0.01, forgets a seed of -1, and wants stop strings detokenised.
+    # Afterwards: the constructor lifts a temperature to 0.01, forgets a seed of -1, and wants stops detokenised.
     for name in _FROM_SAMPLING:
         setattr(sampling, name, getattr(params.denoising, name))
     sampling.stop = list(params.denoising.stop)

@@ -12,13 +12,15 @@ from vllm_redvtp.planning import RequestPlan
 
 @dataclass(slots=True)
 class DenoisingState:
-    """plan: fixed at arrival. next_tokens: what the next step will compute. kv_tokens: held now.
+    """plan: fixed at arrival. visual_spans: half-open ranges of prompt tokens, one for each image.
+
+    next_tokens: what the next step will compute. kv_tokens: held now.
 
     canvas_done: the engine has nothing left to do, though vLLM has not ended the request yet.
     """
 
     plan: RequestPlan
-    visual_tokens: int
+    visual_spans: tuple[tuple[int, int], ...]
     next_tokens: int = 0
     kv_tokens: int = 0
     blocks_admitted: int = 0
@@ -31,6 +33,11 @@ class DenoisingState:
     def __post_init__(self) -> None:
         self.restart()
 
+    @property
+    def visual_tokens(self) -> int:
+        """Before any pruning."""
+        return sum(end - start for start, end in self.visual_spans)
+
     def restart(self) -> None:
         """Back to before admission (at arrival, and after a preemption)."""
         self.next_tokens = self.kv_tokens = self.plan.kv_tokens
@@ -38,8 +45,8 @@ class DenoisingState:
         self.visual_kept = self.visual_tokens
         self.trace.clear()
 
-    def record(self, report: StepReport) -> None:
-        """Take over what a step did."""
+    def record(self, report: StepReport, ms: float) -> None:
+        """Take over what a step did. ms: how long it took, whatever else was in its batch."""
         self.steps += 1
         self.next_tokens = report.next_tokens
         self.kv_tokens = report.kv_tokens
@@ -47,7 +54,7 @@ class DenoisingState:
         if report.pruning is not None:
             self.visual_kept = report.pruning.visual_after
         if self.plan.params.report == "full":
-            self.trace.append(report_dict(report))
+            self.trace.append(report_dict(report, ms))
 
     def summary(self) -> dict[str, Any] | None:
         """For the client, as `kv_transfer_params`: a field vLLM carries from scheduler to response untouched."""
@@ -62,6 +69,7 @@ class DenoisingState:
             "blocks_freed": self.blocks_freed,
         }
         if self.plan.params.report == "full":
+            told["visual_spans"] = self.visual_spans
             told["prunings"] = [step["pruning"] for step in self.trace if step["pruning"] is not None]
             told["trace"] = self.trace
         return {"redvtp": told}

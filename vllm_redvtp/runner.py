@@ -6,6 +6,7 @@ output. Everything about denoising and pruning is the engine's.
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,7 @@ class DiffusionModelRunner:
         scheduled = list(scheduler_output.num_scheduled_tokens)
         if not scheduled:
             return EMPTY_MODEL_RUNNER_OUTPUT
+        started = time.perf_counter()
         reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
         return DenoisingOutput(
             req_ids=scheduled,
@@ -100,6 +102,7 @@ class DiffusionModelRunner:
             sampled_token_ids=[reports[rid].new_tokens if rid in reports else [] for rid in scheduled],
             reports=reports,
             errors=errors,
+            step_ms=(time.perf_counter() - started) * 1e3,
         )
 
     def _sequence(self, request: NewRequestData) -> Sequence:

@@ -81,15 +81,16 @@ class DiffusionScheduler(Scheduler):
                 "diffusion decoding generates from prompt tokens; pooling and prompt embeddings are not supported"
             )
         plan = self._planner.plan(sampling, request.num_prompt_tokens, request.request_id)
-        visual = sum(feature.mm_position.length for feature in request.mm_features)
-        self._planner.check_fits(plan, visual)
+        places = [feature.mm_position for feature in request.mm_features]
+        state = DenoisingState(plan, tuple((place.offset, place.offset + place.length) for place in places))
+        self._planner.check_fits(plan, state.visual_tokens)
         self._planner.settle(sampling, plan.denoising.gen_length)
         request.max_tokens = plan.denoising.gen_length
         if not plan.denoising.ignore_eos:
             # vLLM itself knows one end token, LLaDA has two.
             ends = {self._planner.special.eos_id, self._planner.special.eot_id} - {sampling.eos_token_id}
             sampling.stop_token_ids = [*(sampling.stop_token_ids or []), *sorted(ends)]
-        return DenoisingState(plan, visual)
+        return state
 
     # One engine step
 
@@ -190,12 +191,14 @@ class DiffusionScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         reports: list[StepReport] = []
+        step_ms = 0.0
         if isinstance(model_runner_output, DenoisingOutput):
             reports = [report for rid, report in model_runner_output.reports.items() if rid in self._states]
             self._ending.update(model_runner_output.errors)
+            step_ms = model_runner_output.step_ms
         for report in reports:
             state = self._states[report.request_id]
-            state.record(report)
+            state.record(report, step_ms)
             self._free_tail(report.request_id, state)
         ending, self._ending = self._ending, {}
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)

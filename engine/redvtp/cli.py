@@ -54,6 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"redvtp generate: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("redvtp generate: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -104,7 +104,7 @@ class LocalEngine:
         self.tokenizer = load_tokenizer(model)
         self.special = special_tokens(self.tokenizer)
         self.model = _load_model(Path(model), self.config, self.dtype, self.device)
-        self.max_model_len = max_model_len or _longest(self.config)
+        self.max_model_len = max_model_len or self.config.max_length
         self.max_num_seqs = max_num_seqs
         self.cache = self._make_cache(block_size, num_blocks)
         self.blocks = BlockPool(self.cache.num_blocks)
@@ -120,7 +120,8 @@ class LocalEngine:
         waiting = deque(zip(generations, prompts, strict=True))
         running: list[_Running] = []
         steps = sum(request.denoising.resolved_steps for request in requests)
-        with tqdm(total=steps, desc="denoising", unit="step", disable=not progress) as bar:
+        # leave=None: below a caller's own bar it goes when it is done.
+        with tqdm(total=steps, desc="denoising", unit="step", disable=not progress, leave=None) as bar:
             try:
                 while waiting or running:
                     self._admit(waiting, running)
@@ -142,6 +143,8 @@ class LocalEngine:
         counts = [visual_token_count(*image.size, self.config, mode.mode, mode.newline) for image in request.images]
         pieces = split_prompt(self.tokenizer, request.prompt, len(request.images))
         prompt = build_prompt_tokens(pieces, counts, self.special.placeholder_id)
+        if not prompt.ids:
+            raise ValueError("the prompt is empty; give the model at least one token")
         extra = request.denoising.gen_length + len(self._encode(request.denoising.suffix))
         if len(prompt.ids) + extra > self.max_model_len:
             raise ValueError(
@@ -229,10 +232,6 @@ class LocalEngine:
             self.dtype,
             self.device,
         )
-
-
-def _longest(config: LladaVConfig) -> int:
-    return min(config.max_position_embeddings, config.tokenizer_model_max_length or config.max_position_embeddings)
 
 
 def _torch_dtype(name: str) -> torch.dtype:

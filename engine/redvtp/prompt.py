@@ -65,7 +65,11 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path} has no tokenizer.json")
     # Not AutoTokenizer: it looks the model type up, which transformers does not know, and may run the checkpoint's
     # code.
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:
+        # The tokenizers library has no error class of its own.
+        raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from error
     return tokenizer
 
 

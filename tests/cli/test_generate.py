@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from golden_data import Case, checkpoint_dir, runs
+from image_bytes import claimed_png
 from redvtp.cli import main
 
 MODEL = checkpoint_dir("tiny-llada-v")
@@ -179,6 +178,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ("flags", "words"),
     [
         (["--keep-ratio", "0"], "keep_ratio must be a number in (0, 1], got 0.0"),
+        (["--keep-ratio", "1.5"], "keep_ratio must be a number in (0, 1], got 1.5"),
         (["--keep-ratio", "x"], "keep_ratio must be a number in (0, 1], got 'x'"),
         (["--keep-ratio", "nan"], "keep_ratio must be a number in (0, 1], got nan"),
         (["--gen-length", "0"], "gen_length must be an integer"),
@@ -191,7 +191,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--schedule", "cosine"], "--schedule must be even, the only one for LLaDA-V, got 'cosine'"),
         (["--threshold", "0.9"], "--threshold is not supported for LLaDA-V; leave it out"),
         (["--schedule-shift", "3"], "--schedule-shift is not supported for LLaDA-V; leave it out"),
-        (["--engine", "tgi"], "--engine must be one of local"),
+        (["--engine", "tgi"], "--engine must be one of local, vllm, got 'tgi'"),
         (["--max-model-len", "0"], "--max-model-len must be an integer >= 1, got 0"),
         (["--heatmap", "kept.png"], "--heatmap needs an --image"),
         (["--trace", "no/such/folder/trace.json"], "--trace no/such/folder/trace.json cannot be written"),
@@ -217,6 +217,20 @@ def test_more_image_marks_than_images_are_refused(capsys: pytest.CaptureFixture[
     assert "the prompt has 2 <image> marks but 1 image was given" in line
 
 
+@pytest.mark.parametrize(
+    ("prompt", "marks"), [("describe it", "0 <image> marks"), ("<image> <image>", "2 <image> marks")]
+)
+def test_a_raw_prompt_must_have_a_mark_for_each_image(
+    prompt: str, marks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = _refused(capsys, MODEL, "--image", *WIDE.image_files, "--raw-prompt", prompt)
+    assert f"the prompt has {marks} but 1 image was given" in line
+
+
+def test_an_empty_raw_prompt_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the prompt is empty" in _refused(capsys, MODEL, "--raw-prompt", "")
+
+
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("not an image")
@@ -233,16 +247,20 @@ def test_a_truncated_image_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bomb = tmp_path / "bomb.png"
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" * 1_000_000)
-    bomb.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
+    bomb.write_bytes(claimed_png(30_000, 30_000))
     line = _refused(capsys, MODEL, "--image", bomb, "--prompt", "hello")
     assert "bomb.png" in line
     assert "pixels" in line
+
+
+def test_an_image_too_large_for_pil_to_like_is_refused_by_its_size_in_one_line(tmp_path: Path) -> None:
+    """Between PIL's limit and twice that, PIL only warns."""
+    file = tmp_path / "large.png"
+    file.write_bytes(claimed_png(11_000, 11_000))
+    done = _command("generate", MODEL, "--image", file, "--prompt", "hello")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert f"image file {file}: image of 11000x11000 has more than 89,478,485 pixels" in line
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (20_000, 12)])
@@ -276,6 +294,17 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(checkpoint: Path, capsys: p
     save_file(weights, checkpoint / "model.safetensors")
     line = _refused(capsys, checkpoint, "--prompt", "hello")
     assert "lacks 2 tensors: model.image_newline, model.norm.weight" in line
+
+
+def test_a_damaged_tokenizer_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkpoint / "tokenizer.json").write_text("{}")
+    assert f"the tokenizer in {checkpoint} cannot be read" in _refused(capsys, checkpoint, "--prompt", "hello")
+
+
+def test_weights_cut_short_are_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "is not a whole safetensors file" in _refused(capsys, checkpoint, "--prompt", "hello")
 
 
 def test_another_architecture_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,6 +103,11 @@ class LladaVConfig:
     tower: TowerConfig
 
     @property
+    def max_length(self) -> int:
+        """Longest prompt and response together."""
+        return min(self.max_position_embeddings, self.tokenizer_model_max_length or self.max_position_embeddings)
+
+    @property
     def max_grid_tiles(self) -> int | None:
         """k of `anyres_max_k`: the grid's features are scaled down to about k tiles. None: no limit."""
         match = re.fullmatch(r"anyres_max_(\d+)", self.image_aspect_ratio)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,12 +42,25 @@ _TOWER_LAYER = re.compile(r"vision_tower\.encoder\.layers\.(\d+)\.")
 def checkpoint_weights(model_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the safetensors file or shards in `model_dir`, one at a time, under the checkpoint's names."""
     for path in _weight_files(Path(model_dir)):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open's handle is not a mapping
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file (cut short while copying?): {error}") from error
+        with _opened(path) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open's handle is not a mapping
+                yield name, file.get_tensor(name)
+
+
+def check_weight_files(model_dir: str | Path) -> None:
+    """Raises ValueError for weight files that are missing or cut short. Reads their headers only."""
+    for path in _weight_files(Path(model_dir)):
+        with _opened(path):
+            pass
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file (cut short while copying?): {error}") from error
 
 
 def _weight_files(model_dir: Path) -> list[Path]:
