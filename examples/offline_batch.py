@@ -46,14 +46,18 @@ def main() -> int:
         extra_args={"redvtp_keep_ratio": arguments.keep_ratio, "redvtp_cache": arguments.cache},
     )
     failed = 0
-    with arguments.output.open("a", encoding="utf-8") as output, tqdm(total=len(todo), unit="image") as progress:
-        for line in answers(llm, sampling, arguments.prompt, todo, arguments.in_flight):
-            output.write(json.dumps(line, ensure_ascii=False) + "\n")
-            output.flush()
-            progress.update()
-            if "error" in line:
-                failed += 1
-                tqdm.write(f"{line['image']}: {line['error']}", file=sys.stderr)
+    try:
+        with arguments.output.open("a", encoding="utf-8") as output, tqdm(total=len(todo), unit="image") as progress:
+            for line in answers(llm, sampling, arguments.prompt, todo, arguments.in_flight):
+                output.write(json.dumps(line, ensure_ascii=False) + "\n")
+                output.flush()
+                progress.update()
+                if "error" in line:
+                    failed += 1
+                    tqdm.write(f"{line['image']}: {line['error']}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with what {arguments.output} lacks", file=sys.stderr)
+        return 130
     print(f"{len(todo) - failed} answers written to {arguments.output}, {failed} images failed", file=sys.stderr)
     return 1 if failed else 0
 

@@ -8,6 +8,7 @@ report that the scheduler sends back with an answer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,8 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
         config = load_config(options.model)
         special_tokens(load_tokenizer(options.model))
         check_weight_files(options.model)
+    if options.progress:
+        print("starting vLLM ...", file=sys.stderr, flush=True)
     with logs_on_stderr(), environment(_IN_PROCESS):
         with start_up_noise(BadInput), _vllm_refusing():
             llm = _start(options, config)
