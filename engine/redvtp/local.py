@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Request:
 @dataclass
 class Generation:
     """A finished request. steps and step_ms: one entry for each denoising step; step_ms is shared by the whole
-    batch."""
+    batch. seconds: from its admission to its end, with the vision tower and whatever else ran in between."""
 
     request: Request
     prompt_tokens: int
@@ -62,6 +63,7 @@ class Generation:
     finish_reason: str = ""
     steps: list[StepReport] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def visual_tokens(self) -> int:
@@ -73,6 +75,7 @@ class _Running:
     sequence: Sequence
     generation: Generation
     blocks: list[int]
+    admitted: float
 
 
 class LocalEngine:
@@ -112,30 +115,26 @@ class LocalEngine:
 
     def generate(self, requests: list[Request], progress: bool = False) -> list[Generation]:
         """Answer every request, in order. Raises ValueError before any computing if one of them cannot be served."""
-        prompts = [self.tokenize(request) for request in requests]
-        generations = [
-            Generation(request, len(prompt.ids), prompt.visual_spans)
-            for request, prompt in zip(requests, prompts, strict=True)
-        ]
-        waiting = deque(zip(generations, prompts, strict=True))
-        running: list[_Running] = []
+        waiting = [self._generation(request) for request in requests]
         steps = sum(request.denoising.resolved_steps for request in requests)
         # leave=None: below a caller's own bar it goes when it is done.
         with tqdm(total=steps, desc="denoising", unit="step", disable=not progress, leave=None) as bar:
-            try:
-                while waiting or running:
-                    self._admit(waiting, running)
-                    self._step(running)
-                    bar.update(len(running))
-                    for entry in [entry for entry in running if entry.sequence.finished]:
-                        running.remove(entry)
-                        self._finish(entry)
-                        # A stop, or a canvas block that filled early, leaves steps out.
-                        bar.update(entry.generation.request.denoising.resolved_steps - len(entry.generation.steps))
-            finally:
-                for entry in running:
-                    self.blocks.free(entry.blocks)
-        return generations
+            for stepped, finished in self._run(iter(waiting)):
+                bar.update(stepped)
+                for entry in finished:
+                    # A stop, or a canvas block that filled early, leaves steps out.
+                    bar.update(entry.generation.request.denoising.resolved_steps - len(entry.generation.steps))
+        return [generation for generation, _ in waiting]
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
+        """Answer requests as they come: (number of the request, answer) for each as it ends, whatever its place.
+
+        A request is taken only when there is room for it in the batch, so thousands need not be in memory at once.
+        Raises ValueError when the turn of a request comes that cannot be served; `tokenize` tells beforehand.
+        """
+        for _, finished in self._run(map(self._generation, requests)):
+            for entry in finished:
+                yield int(entry.sequence.request_id), entry.generation
 
     def tokenize(self, request: Request) -> PromptTokens:
         """The prompt as tokens. Raises ValueError when it cannot be served: marks, image sizes, length."""
@@ -180,20 +179,48 @@ class LocalEngine:
             block_table=block_table,
         )
 
+    def _generation(self, request: Request) -> tuple[Generation, PromptTokens]:
+        prompt = self.tokenize(request)
+        return Generation(request, len(prompt.ids), prompt.visual_spans), prompt
+
+    def _run(self, requests: Iterator[tuple[Generation, PromptTokens]]) -> Iterator[tuple[int, list[_Running]]]:
+        """Step until all are answered; after each step, how many sequences it took on and which of them ended."""
+        waiting: deque[tuple[int, tuple[Generation, PromptTokens]]] = deque()
+        running: list[_Running] = []
+        numbered = enumerate(requests)
+        try:
+            while True:
+                waiting.extend(islice(numbered, max(0, self.max_num_seqs - len(running) - len(waiting))))
+                self._admit(waiting, running)
+                if not running:
+                    return
+                self._step(running)
+                finished = [entry for entry in running if entry.sequence.finished]
+                stepped = len(running)
+                for entry in finished:
+                    running.remove(entry)
+                    self._finish(entry)
+                yield stepped, finished
+        finally:
+            for entry in running:
+                self.blocks.free(entry.blocks)
+
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return ids
 
-    def _admit(self, waiting: deque[tuple[Generation, PromptTokens]], running: list[_Running]) -> None:
+    def _admit(self, waiting: deque[tuple[int, tuple[Generation, PromptTokens]]], running: list[_Running]) -> None:
         while waiting and len(running) < self.max_num_seqs:
-            generation, prompt = waiting[0]
+            number, (generation, prompt) = waiting[0]
             denoising = generation.request.denoising
             tokens = len(prompt.ids) + denoising.gen_length + len(self._encode(denoising.suffix))
             blocks = self.blocks.allocate(blocks_needed(tokens, self.cache.block_size))
             if blocks is None:
                 return
             waiting.popleft()
-            running.append(_Running(self.sequence(generation.request, prompt, list(blocks)), generation, blocks))
+            admitted = time.perf_counter()
+            sequence = self.sequence(generation.request, prompt, list(blocks), str(number))
+            running.append(_Running(sequence, generation, blocks, admitted))
 
     def _step(self, running: list[_Running]) -> None:
         started = time.perf_counter()
@@ -212,6 +239,7 @@ class LocalEngine:
         generation.output_ids = entry.sequence.output_ids
         generation.text = str(self.tokenizer.decode(generation.output_ids, skip_special_tokens=True))
         generation.finish_reason = entry.sequence.finish_reason or ""
+        generation.seconds = time.perf_counter() - entry.admitted
 
     def _make_cache(self, block_size: int, num_blocks: int | None) -> PagedKVCache:
         config = self.config

@@ -46,6 +46,8 @@ class DenoisingRunner:
     """Steps batches of sequences over one model and one paged cache.
 
     reduce_scores: sums attention scores over tensor-parallel ranks, so that every rank makes the same choice.
+    observe: if set, every full step is scored, whether or not it prunes, and told: the sequence, the number of the step
+    and the importance of its visual tokens, [visual] float32. A step that leaves nothing undecided has none.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class DenoisingRunner:
         self.cache = cache
         self.special = special
         self._reduce_scores = reduce_scores
+        self.observe: Callable[[Sequence, int, Tensor], None] | None = None
 
     @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
@@ -76,8 +79,13 @@ class DenoisingRunner:
             held = blocks_needed(sequence.total_length, self.cache.block_size)
             pruning = None
             # With nothing left to decide there is nothing to prune for.
-            if pruning_due[index] and bool(still_masked.any()):
-                pruning = self._prune(sequence, packed.segments[index].scores, still_masked, positions[index][1])
+            if bool(still_masked.any()):
+                step = positions[index][1]
+                importance = self._importance(packed.segments[index].scores, still_masked)
+                if importance is not None and self.observe is not None:
+                    self.observe(sequence, step, importance)
+                if pruning_due[index]:
+                    pruning = self._prune(sequence, importance, step)
             blocks = blocks_needed(sequence.total_length, self.cache.block_size)
             plan = packed.plans[index]
             reports.append(
@@ -134,7 +142,8 @@ class DenoisingRunner:
         total, size = sequence.total_length, self.cache.block_size
         slots = slots_of(torch.tensor(sequence.block_table, device=device), 0, total, size)
         scores = None
-        if sequence.scores_next():
+        observed = self.observe is not None and plan.kind == "full" and sequence.num_visual > 0
+        if observed or sequence.scores_next():
             canvas_rows = sequence.prompt_length + sequence.canvas.masked().nonzero()[:, 0]
             config = self.model.config
             scores = AttentionScores(
@@ -179,22 +188,26 @@ class DenoisingRunner:
             committed.append(masked[chosen])
         return committed
 
-    def _prune(
-        self, sequence: Sequence, scores: AttentionScores | None, still_masked: Tensor, step: int
-    ) -> PruningReport:
-        """Drop the least looked-at visual tokens, or those a control picks (scores: None)."""
+    def _importance(self, scores: AttentionScores | None, still_masked: Tensor) -> Tensor | None:
+        """[visual] float32, of a step that was scored."""
+        if scores is None:
+            return None
+        by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())
+        return masked_row_importance(by_row, still_masked.to(by_row.device)).cpu()
+
+    def _prune(self, sequence: Sequence, importance: Tensor | None, step: int) -> PruningReport:
+        """Drop the least important visual tokens, or those a control picks."""
         before = sequence.num_visual
         count = tokens_to_keep(before, sequence.pruning.keep_ratio)
-        if scores is not None:
-            by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())
-            importance = masked_row_importance(by_row, still_masked.to(by_row.device)).cpu()
-            kept = most_important(importance, count)
-        elif sequence.pruning.preset == "random":
+        if sequence.pruning.preset == "random":
             importance = torch.rand(before, generator=sequence.generator)
             kept = most_important(importance, count)
-        else:
+        elif sequence.pruning.preset == "uniform":
             importance = torch.ones(before)
             kept = evenly_spaced(before, count)
+        else:
+            assert importance is not None
+            kept = most_important(importance, count)
         if kept.numel() < before:
             self._drop(sequence, kept)
         return PruningReport(step, None, before, kept.numel(), importance.tolist(), kept.tolist())
