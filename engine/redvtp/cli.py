@@ -2,8 +2,9 @@
 
     redvtp generate CHECKPOINT --image photo.jpg --prompt "What is shown?" --keep-ratio 0.25 --heatmap kept.png
 
-Bad input ends with status 2 and one line on stderr. An engine is a function that answers one request with a `Trace`:
-`local` is here, others are found under the entry point group `redvtp.engines`.
+`redvtp eval` and `redvtp consistency`, over many questions, are in `redvtp.evaluation`. Bad input ends with status 2
+and one line on stderr. An engine is a function that answers one request with a `Trace`: `local` is here, others are
+found under the entry point group `redvtp.engines`.
 """
 
 from __future__ import annotations
@@ -48,15 +49,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     options = parse(arguments)
     try:
-        request, engine_options = _prepare(options)
-        trace = _engine(options.engine)(engine_options, request)
-        _write(options, trace, request)
+        if options.command == "generate":
+            return _generate(options)
+        from redvtp.evaluation.command import COMMANDS
+
+        return COMMANDS[options.command](options)
     except BadInput as error:
-        print(f"redvtp generate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"redvtp {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("redvtp generate: interrupted", file=sys.stderr)
+        print(f"redvtp {options.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _generate(options: argparse.Namespace) -> int:
+    request, engine_options = _prepare(options)
+    trace = _engine(options.engine)(engine_options, request)
+    _write(options, trace, request)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The flags of `redvtp generate`, from the command line to checked parameters.
+"""The flags of the `redvtp` command, from the command line to checked parameters; those of `generate` in full.
 
 Flags are named like the fields of `DenoisingParams` and `PruningParams`, and those classes refuse wrong values in
 their own words, so a mistake reads the same here as from the server.
@@ -36,18 +36,22 @@ class Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parsed flags; leaves the process with status 2 where argparse cannot make sense of them."""
     parser = Parser(prog="redvtp", description="Diffusion vision-language models with visual-token pruning.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=Parser)
     generate = commands.add_parser(
         "generate",
         help="answer a question about images, or one without",
         description="Answers a question about images (or about none) with a LLaDA-V checkpoint and prints the answer.",
     )
     generate.add_argument("model", metavar="MODEL", help="checkpoint folder, in the layout it was published in")
-    for add_flags in (_request_flags, _denoising_flags, _pruning_flags, _engine_flags, _output_flags):
+    for add_flags in (_request_flags, denoising_flags, _pruning_flags, engine_flags, _output_flags):
         add_flags(generate)
+    # It is built from the flags of this module.
+    from redvtp.evaluation.flags import add_commands
+
+    add_commands(commands)
     options = parser.parse_args(arguments)
     # `--raw-prompt TEXT` and `--prompt TEXT --raw-prompt` say the same.
-    if isinstance(options.raw_prompt, str):
+    if options.command == "generate" and isinstance(options.raw_prompt, str):
         if options.prompt is not None:
             parser.error("--prompt TEXT and --raw-prompt TEXT exclude each other")
         options.prompt, options.raw_prompt = options.raw_prompt, True
@@ -56,16 +60,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def params_of(options: argparse.Namespace) -> tuple[DenoisingParams, PruningParams]:
     """Raises ValueError or BadInput naming the first flag with a value that is not allowed."""
+    return denoising_of(options), PruningParams(options.pruning, options.keep_ratio, options.positions)
+
+
+def denoising_of(options: argparse.Namespace, **instead: object) -> DenoisingParams:
+    """The denoising flags alone; `instead` overrides some of them. Raises as `params_of` does."""
     for name in NOT_YET:
         if getattr(options, name) is not None:
             raise BadInput(f"--{name.replace('_', '-')} is not supported for LLaDA-V; leave it out")
     if options.schedule != "even":
         raise BadInput(f"--schedule must be even, the only one for LLaDA-V, got {options.schedule!r}")
-    given = vars(options) | {"stop": tuple(options.stop), "preset": options.pruning}
-    return (
-        DenoisingParams(**{field.name: given[field.name] for field in fields(DenoisingParams)}),
-        PruningParams(**{field.name: given[field.name] for field in fields(PruningParams)}),
-    )
+    given = vars(options) | {"stop": tuple(options.stop)} | instead
+    return DenoisingParams(**{field.name: given[field.name] for field in fields(DenoisingParams)})
 
 
 def check_outputs(options: argparse.Namespace) -> None:
@@ -86,6 +92,14 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise BadInput("--heatmap needs scores, which --pruning none does not compute; leave one of them out")
 
 
+def check_folder(flag: str, path: Path) -> None:
+    """Makes the folder. Raises BadInput where that is not possible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--{flag} {path} cannot be written: {error.strerror}") from error
+
+
 def positive(flag: str, value: object) -> int | None:
     """`value` if it was not given or is a positive integer; BadInput otherwise."""
     if value is None or (isinstance(value, int) and value > 0):
@@ -93,7 +107,7 @@ def positive(flag: str, value: object) -> int | None:
     raise BadInput(f"--{flag} must be an integer >= 1, got {value!r}")
 
 
-def _integer(text: str) -> int | str:
+def integer(text: str) -> int | str:
     """A number where the text is one; anything else goes on as it is, for the knob itself to refuse."""
     try:
         return int(text)
@@ -101,7 +115,7 @@ def _integer(text: str) -> int | str:
         return text
 
 
-def _number(text: str) -> float | str:
+def number(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
@@ -130,21 +144,27 @@ def _request_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _denoising_flags(parser: argparse.ArgumentParser) -> None:
+def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False) -> None:
+    """for_many: many requests share the flags, each has lengths of its own, and --cache may be a list."""
     add = parser.add_argument_group("denoising").add_argument
     usual: dict[str, Any] = {field.name: field.default for field in fields(DenoisingParams)}
 
-    def number(flag: str, metavar: str, text: str) -> None:
+    def knob(flag: str, metavar: str, text: str) -> None:
         name = flag.replace("-", "_")
-        kind = _number if isinstance(usual[name], float) else _integer
+        kind = number if isinstance(usual[name], float) else integer
         shown = "" if usual[name] is None else " (default %(default)s)"
         add(f"--{flag}", type=kind, default=usual[name], metavar=metavar, help=text + shown)
 
-    number("gen-length", "N", "length of the answer's canvas in tokens")
-    number("block-length", "N", "canvas positions decoded together (default 32, or the canvas if that is shorter)")
-    number("steps", "N", "denoising steps in all (default half the canvas length)")
-    number("temperature", "T", "noise on the choice of tokens; 0 is greedy")
-    number("seed", "S", "makes temperature and random remasking repeatable")
+    def length(flag: str, text: str, otherwise: str) -> None:
+        otherwise = f"the task's own, else {otherwise}" if for_many else otherwise
+        default = None if for_many else usual[flag.replace("-", "_")]
+        add(f"--{flag}", type=integer, default=default, metavar="N", help=f"{text} (default {otherwise})")
+
+    length("gen-length", "length of the answer's canvas in tokens", str(usual["gen_length"]))
+    length("block-length", "canvas positions decoded together", "32, or the canvas if that is shorter")
+    length("steps", "denoising steps in all", "half the canvas length")
+    knob("temperature", "T", "noise on the choice of tokens; 0 is greedy")
+    knob("seed", "S", "makes temperature and random remasking repeatable")
     remasking = f"which tokens a step decides, {' or '.join(REMASKINGS)} (default %(default)s)"
     add("--remasking", default=usual["remasking"], metavar="NAME", help=remasking)
     stop = "strings that end the answer; they are not part of it"
@@ -153,8 +173,11 @@ def _denoising_flags(parser: argparse.ArgumentParser) -> None:
     add("--suffix", default=usual["suffix"], metavar="TEXT", help="text behind the canvas, seen at every step")
     add("--schedule", default="even", metavar="NAME", help="how the tokens spread over the steps: even")
     cache = f"{' or '.join(CACHES)}: recompute the prompt at every step, or keep its keys and values"
-    add("--cache", default=usual["cache"], metavar="NAME", help=f"{cache} (default %(default)s)")
-    number("refresh-interval", "N", "with --cache prefix, recompute everything every N steps")
+    cache += "; several with commas" if for_many else ""
+    add(
+        "--cache", default=usual["cache"], metavar="LIST" if for_many else "NAME", help=f"{cache} (default %(default)s)"
+    )
+    knob("refresh-interval", "N", "with --cache prefix, recompute everything every N steps")
     for name in NOT_YET:
         add(f"--{name.replace('_', '-')}", dest=name, help=argparse.SUPPRESS)
 
@@ -165,19 +188,21 @@ def _pruning_flags(parser: argparse.ArgumentParser) -> None:
     presets = f"{' or '.join(PRESETS)} (default %(default)s)"
     add("--pruning", default=usual["preset"], metavar="PRESET", help=presets)
     share = "share of the visual tokens kept, in (0, 1] (default %(default)s)"
-    add("--keep-ratio", type=_number, default=usual["keep_ratio"], metavar="R", help=share)
+    add("--keep-ratio", type=number, default=usual["keep_ratio"], metavar="R", help=share)
     positions = f"{' or '.join(POSITIONS)}: renumber what survives, or not (default %(default)s)"
     add("--positions", default=usual["positions"], metavar="NAME", help=positions)
 
 
-def _engine_flags(parser: argparse.ArgumentParser) -> None:
+def engine_flags(parser: argparse.ArgumentParser, choice: bool = True) -> None:
+    """How an embedded engine is started. choice: there is one between engines."""
     add = parser.add_argument_group("engine").add_argument
-    engines = "local, which needs no vLLM, or vllm, in this process (default %(default)s)"
-    add("--engine", default="local", metavar="NAME", help=engines)
+    if choice:
+        engines = "local, which needs no vLLM, or vllm, in this process (default %(default)s)"
+        add("--engine", default="local", metavar="NAME", help=engines)
     add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's own")
     length = "longest prompt and canvas together (default: what the checkpoint allows)"
-    add("--max-model-len", type=_integer, metavar="N", help=length)
-    add("--block-size", type=_integer, metavar="N", help="tokens in a block of the KV cache")
+    add("--max-model-len", type=integer, metavar="N", help=length)
+    add("--block-size", type=integer, metavar="N", help="tokens in a block of the KV cache")
 
 
 def _output_flags(parser: argparse.ArgumentParser) -> None:

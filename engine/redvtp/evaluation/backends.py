@@ -1,0 +1,112 @@
+"""What answers questions, seen from the evaluation, and the embedded engine as one such.
+
+A backend answers a round of questions, all of one cell, `concurrency` at a time, and hands each answer over as it
+comes. The other one, a running server, is in `server.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from redvtp.evaluation.grid import Question
+
+if TYPE_CHECKING:
+    from redvtp.local import Generation, LocalEngine, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer and what it took; or `error`, why the question could not be asked.
+
+    tokens: emitted, an end token or stop string included. latency_s: from the request to the whole answer.
+    visual_tokens, visual_tokens_kept: before and after pruning. kv_blocks, kv_blocks_freed: admitted with the request,
+    and given back in the middle of it.
+    """
+
+    text: str = ""
+    tokens: int = 0
+    steps: int = 0
+    latency_s: float = 0.0
+    visual_tokens: int = 0
+    visual_tokens_kept: int = 0
+    kv_blocks: int = 0
+    kv_blocks_freed: int = 0
+    error: str | None = None
+
+
+Take = Callable[[Question, Answer], None]
+
+
+class Backend(Protocol):
+    """Answers the questions of a cell, in any order; calls `take` once for each as it is answered.
+
+    A question that the model cannot be asked gets an answer with `error`. Raises BadInput when nothing can be asked any
+    more, a server that is gone for one. An exception or interrupt loses only what was under way.
+    """
+
+    def answer(self, questions: Sequence[Question], take: Take) -> None: ...
+
+
+class EmbeddedBackend:
+    """`LocalEngine`, with its `max_num_seqs` questions at a time."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._engine = engine
+
+    def answer(self, questions: Sequence[Question], take: Take) -> None:
+        asked: list[Question] = []
+
+        def requests() -> Iterator[Request]:
+            for question in questions:
+                try:
+                    request = request_of(question, self._engine)
+                except ValueError as error:
+                    take(question, Answer(error=str(error)))
+                    continue
+                asked.append(question)
+                yield request
+
+        for number, generation in self._engine.stream(requests()):
+            take(asked[number], _answer(generation))
+
+
+def request_of(question: Question, engine: LocalEngine) -> Request:
+    """The question for an embedded engine. Raises ValueError when it cannot serve it."""
+    from redvtp.local import Request
+    from redvtp.prompt import chat_prompt
+    from redvtp.vision.images import open_image
+
+    images = tuple(open_image(path) for path in question.task.images)
+    prompt = chat_prompt(engine.tokenizer, question.task.question, len(images))
+    request = Request(prompt, images, question.denoising, question.pruning)
+    engine.tokenize(request)
+    return request
+
+
+def _answer(generation: Generation) -> Answer:
+    first = generation.steps[0]
+    prunings = [step.pruning for step in generation.steps if step.pruning is not None]
+    return Answer(
+        text=generation.text,
+        tokens=sum(len(step.new_tokens) for step in generation.steps),
+        steps=len(generation.steps),
+        latency_s=generation.seconds,
+        visual_tokens=generation.visual_tokens,
+        visual_tokens_kept=prunings[-1].visual_after if prunings else generation.visual_tokens,
+        kv_blocks=first.kv_blocks + first.blocks_freed,
+        kv_blocks_freed=sum(step.blocks_freed for step in generation.steps),
+    )
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
