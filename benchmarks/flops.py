@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from redvtp.denoising.schedule import canvas_blocks, transfer_table
-from redvtp.models.config import LladaVConfig
+from redvtp.models.config import DvlmConfig
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.pruning.budget import tokens_to_keep
 
@@ -46,14 +46,14 @@ def step_shapes(denoising: DenoisingParams, pruning: PruningParams, prompt: int,
 
 
 def request_flops(
-    config: LladaVConfig, denoising: DenoisingParams, pruning: PruningParams, prompt: int, visual: int, tiles: int
+    config: DvlmConfig, denoising: DenoisingParams, pruning: PruningParams, prompt: int, visual: int, tiles: int
 ) -> int:
     """Everything from pixels to the last token. prompt: all its tokens. tiles: of all images together."""
     steps = step_shapes(denoising, pruning, prompt, visual)
     return vision_flops(config, tiles) + sum(step_flops(config, step) for step in steps)
 
 
-def step_flops(config: LladaVConfig, step: StepShape) -> int:
+def step_flops(config: DvlmConfig, step: StepShape) -> int:
     """One forward of the language model, with its scoring and its logits."""
     hidden = config.hidden_size
     width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -64,7 +64,7 @@ def step_flops(config: LladaVConfig, step: StepShape) -> int:
     return layers + 2 * step.candidates * hidden * config.vocab_size
 
 
-def vision_flops(config: LladaVConfig, tiles: int) -> int:
+def vision_flops(config: DvlmConfig, tiles: int) -> int:
     """Tower (the layers that are run) and projector."""
     tower, width = config.tower, config.tower.hidden_size
     patches = tower.side**2

@@ -27,11 +27,11 @@ def register() -> None:
     from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
 
     from vllm_redvtp.cli import install_plugin_option
-    from vllm_redvtp.config import ARCHITECTURE, TOKENIZER_MODE, LladaVModelConfig, LlavaLladaConfig
+    from vllm_redvtp.config import ARCHITECTURE, TOKENIZER_MODE, DvlmModelConfig, LlavaLladaConfig
 
     AutoConfig.register(LlavaLladaConfig.model_type, LlavaLladaConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, "vllm_redvtp.models:LlavaLLaDAModelLM")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = LladaVModelConfig
+    MODELS_CONFIG_MAP[ARCHITECTURE] = DvlmModelConfig
     # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer (as vLLM's own "inkling"
     # mode does).
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")

@@ -17,18 +17,18 @@ from vllm.model_executor.models.interfaces import SupportsMultiModal
 from vllm.model_executor.models.transformers.utils import replace_linear_class
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from redvtp.models.llada_v import LladaV
+from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import load_weights
 from redvtp.prompt import IMAGE_MARK
-from vllm_redvtp.config import llada_v_config
-from vllm_redvtp.processing import LladaVDummyInputs, LladaVProcessingInfo, LladaVProcessor
+from vllm_redvtp.config import engine_config
+from vllm_redvtp.processing import DvlmDummyInputs, DvlmProcessingInfo, DvlmProcessor
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-@MULTIMODAL_REGISTRY.register_processor(LladaVProcessor, info=LladaVProcessingInfo, dummy_inputs=LladaVDummyInputs)
-class LlavaLLaDAModelLM(LladaV, SupportsMultiModal):
+@MULTIMODAL_REGISTRY.register_processor(DvlmProcessor, info=DvlmProcessingInfo, dummy_inputs=DvlmDummyInputs)
+class LlavaLLaDAModelLM(Dvlm, SupportsMultiModal):
     """The engine's model under the name vLLM knows."""
 
     @classmethod
@@ -38,7 +38,7 @@ class LlavaLLaDAModelLM(LladaV, SupportsMultiModal):
         return IMAGE_MARK
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(llada_v_config(vllm_config.model_config))
+        super().__init__(engine_config(vllm_config.model_config))
         if get_tensor_model_parallel_world_size() > 1 or vllm_config.quant_config is not None:
             self._swap_linears(vllm_config.quant_config)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from redvtp.cli import EngineOptions, refusing
 from redvtp.flags import BadInput
 from redvtp.local import Request
-from redvtp.models.config import LladaVConfig, load_config
+from redvtp.models.config import DvlmConfig, load_config
 from redvtp.models.loading import check_weight_files
 from redvtp.prompt import load_tokenizer, special_tokens
 from redvtp.trace import Trace, trace_of_report
@@ -53,7 +53,7 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
     return _trace(options.model, request, output)
 
 
-def _start(options: EngineOptions, config: LladaVConfig) -> LLM:
+def _start(options: EngineOptions, config: DvlmConfig) -> LLM:
     from vllm import LLM
 
     from vllm_redvtp import register

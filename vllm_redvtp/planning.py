@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 
 from redvtp.params import DenoisingParams
 from redvtp.prompt import special_tokens
+from vllm_redvtp.config import engine_config
 from vllm_redvtp.params import PREFIX, RequestParams, build_params, canvas_length, server_defaults
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class RequestPlanner:
     """Plans requests for one server configuration."""
 
     def __init__(self, vllm_config: VllmConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.special = special_tokens(tokenizer)
+        self.special = special_tokens(tokenizer, engine_config(vllm_config.model_config))
         self._tokenizer = tokenizer
         self._defaults = server_defaults(vllm_config)
         self._max_model_len: int = vllm_config.model_config.max_model_len

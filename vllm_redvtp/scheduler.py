@@ -88,7 +88,7 @@ class DiffusionScheduler(Scheduler):
         request.max_tokens = plan.denoising.gen_length
         if not plan.denoising.ignore_eos:
             # vLLM itself knows one end token, LLaDA has two.
-            ends = {self._planner.special.eos_id, self._planner.special.eot_id} - {sampling.eos_token_id}
+            ends = set(self._planner.special.end_ids) - {sampling.eos_token_id}
             sampling.stop_token_ids = [*(sampling.stop_token_ids or []), *sorted(ends)]
         return state
 

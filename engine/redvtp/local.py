@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from redvtp.kv.blocks import BlockPool, blocks_needed
 from redvtp.kv.cache import PagedKVCache
-from redvtp.models.config import LladaVConfig, load_config
-from redvtp.models.llada_v import LladaV
+from redvtp.models.config import DvlmConfig, load_config
+from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
@@ -98,11 +98,11 @@ class LocalEngine:
         max_num_seqs: int = 8,
         config_overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config: LladaVConfig = load_config(model, config_overrides)
+        self.config: DvlmConfig = load_config(model, config_overrides)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _torch_dtype(self.config.torch_dtype if dtype == "auto" else dtype)
         self.tokenizer = load_tokenizer(model)
-        self.special = special_tokens(self.tokenizer)
+        self.special = special_tokens(self.tokenizer, self.config)
         self.model = _load_model(Path(model), self.config, self.dtype, self.device)
         self.max_model_len = max_model_len or self.config.max_length
         self.max_num_seqs = max_num_seqs
@@ -140,7 +140,7 @@ class LocalEngine:
     def tokenize(self, request: Request) -> PromptTokens:
         """The prompt as tokens. Raises ValueError when it cannot be served: marks, image sizes, length."""
         mode = image_mode(self.config, len(request.images))
-        counts = [visual_token_count(*image.size, self.config, mode.mode, mode.newline) for image in request.images]
+        counts = [visual_token_count(*image.size, self.config, mode) for image in request.images]
         pieces = split_prompt(self.tokenizer, request.prompt, len(request.images))
         prompt = build_prompt_tokens(pieces, counts, self.special.placeholder_id)
         if not prompt.ids:
@@ -240,10 +240,10 @@ def _torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _load_model(path: Path, config: LladaVConfig, dtype: torch.dtype, device: torch.device) -> LladaV:
+def _load_model(path: Path, config: DvlmConfig, dtype: torch.dtype, device: torch.device) -> Dvlm:
     # On the meta device first: an 8B model must not be initialised with random numbers only to be overwritten.
     with torch.device("meta"):
-        model = LladaV(config)
+        model = Dvlm(config)
     model = model.to(dtype).to_empty(device=device)
     load_weights(model, checkpoint_weights(path))
     return model.eval().requires_grad_(False)

@@ -18,7 +18,7 @@ from redvtp.denoising.remasking import propose, random_confidence, select, suppr
 from redvtp.kv.blocks import blocks_needed, slots_of
 from redvtp.kv.cache import PagedKVCache
 from redvtp.kv.compaction import compact, plan_compaction
-from redvtp.models.llada_v import LladaV
+from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
 from redvtp.pruning.scores import AttentionScores, masked_row_importance
@@ -50,7 +50,7 @@ class DenoisingRunner:
 
     def __init__(
         self,
-        model: LladaV,
+        model: Dvlm,
         cache: PagedKVCache,
         special: SpecialTokens,
         reduce_scores: Callable[[Tensor], Tensor] | None = None,

@@ -99,7 +99,7 @@ class Sequence:
         self.suffix_ids = torch.tensor(suffix_ids, dtype=torch.int64)
         self.canvas_position = prompt_embeds.shape[0]
         self.block_table = block_table if block_table is not None else []
-        self._end_tokens = () if denoising.ignore_eos else (special.eos_id, special.eot_id)
+        self._end_tokens = () if denoising.ignore_eos else special.end_ids
         self.canvas = Canvas(
             denoising.gen_length,
             denoising.resolved_block_length,

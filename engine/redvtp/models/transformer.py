@@ -1,4 +1,6 @@
-"""The LLaDA language model: a Llama-shaped transformer without a causal mask, over packed tokens.
+"""The language model of every family: a Llama-shaped transformer without a causal mask, over packed tokens.
+
+LLaDA's and Dream's differ in names and in biases only; `redvtp.models.loading` knows the names, the shape the biases.
 
 Attention is handed in for each step (see redvtp.attention), so the model knows nothing of pages, batches or pruning.
 The linears are plain `nn.Linear`s; tensor parallelism and quantisation swap them from outside by `TP_PLAN`.
@@ -27,7 +29,7 @@ TP_PLAN: dict[str, str] = {
 }
 
 
-class LladaShape(Protocol):
+class TransformerShape(Protocol):
     """The sizes a language model is built from."""
 
     @property
@@ -48,6 +50,8 @@ class LladaShape(Protocol):
     def rope_theta(self) -> float: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def qkv_bias(self) -> bool: ...
 
 
 class RmsNorm(nn.Module):
@@ -67,13 +71,13 @@ class SelfAttention(nn.Module):
     """Projections of one attention layer. Head counts follow from the projections' widths, so a rank needs no special
     case."""
 
-    def __init__(self, shape: LladaShape) -> None:
+    def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
         width, kv_width = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.q_proj = nn.Linear(shape.hidden_size, width, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
@@ -88,7 +92,7 @@ class SelfAttention(nn.Module):
 class GatedMlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, shape: LladaShape) -> None:
+    def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
@@ -100,10 +104,10 @@ class GatedMlp(nn.Module):
         return output
 
 
-class LladaLayer(nn.Module):
+class TransformerLayer(nn.Module):
     """Pre-norm attention and MLP with residuals."""
 
-    def __init__(self, shape: LladaShape) -> None:
+    def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.input_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = SelfAttention(shape)
@@ -116,13 +120,13 @@ class LladaLayer(nn.Module):
         return output
 
 
-class Llada(nn.Module):
+class Transformer(nn.Module):
     """Embedding, layers, final norm and head."""
 
-    def __init__(self, shape: LladaShape) -> None:
+    def __init__(self, shape: TransformerShape) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(LladaLayer(shape) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(TransformerLayer(shape) for _ in range(shape.num_hidden_layers))
         self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta)
@@ -135,9 +139,6 @@ class Llada(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:
-        """Logits [rows, vocab] of the first `vocab` ids for hidden rows [rows, hidden] that left the last layer.
-
-        Checkpoints pad the head beyond the tokenizer; those rows are cut off, so they can never win.
-        """
+        """Logits [rows, vocab] of the first `vocab` ids for hidden rows [rows, hidden] that left the last layer."""
         output: Tensor = self.lm_head(self.norm(hidden))[:, :vocab]
         return output

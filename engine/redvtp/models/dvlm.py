@@ -1,6 +1,7 @@
-"""LLaDA-V: SigLIP tower, projector and the LLaDA language model, with the checkpoint's own names.
+"""A diffusion vision-language model: SigLIP tower, projector, newline token and language model.
 
-One plain torch model for the embedded engine and for vLLM; `redvtp.models.loading` fills it from a checkpoint.
+All families are put together the same way; what differs is in `config.family`. One plain torch model for the embedded
+engine and for vLLM; `redvtp.models.loading` fills it from a checkpoint.
 """
 
 from __future__ import annotations
@@ -8,30 +9,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from redvtp.models.config import LladaVConfig
-from redvtp.models.llada import TP_PLAN, Llada
+from redvtp.models.config import DvlmConfig
+from redvtp.models.transformer import TP_PLAN, Transformer
 from redvtp.vision.merge import merge_tiles
 from redvtp.vision.tiling import ImageMode
 from redvtp.vision.tower import VisionTower
 
 
-class LladaV(nn.Module):
+class Dvlm(nn.Module):
     """The whole model of one checkpoint."""
 
     TP_PLAN = TP_PLAN
 
-    def __init__(self, config: LladaVConfig) -> None:
+    def __init__(self, config: DvlmConfig) -> None:
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config.tower, config.mm_vision_select_layer)
-        # mlp2x_gelu; the exact (erf) GELU, unlike the tower's tanh form (reference: LLaDA-V's projector builder).
+        # mlp2x_gelu; the exact (erf) GELU, unlike the tower's tanh form (reference: the projector builder of both).
         self.projector = nn.Sequential(
             nn.Linear(config.mm_hidden_size, config.hidden_size),
             nn.GELU(),
             nn.Linear(config.hidden_size, config.hidden_size),
         )
         self.image_newline = nn.Parameter(torch.empty(config.hidden_size))
-        self.language_model = Llada(config)
+        self.language_model = Transformer(config)
 
     @property
     def dtype(self) -> torch.dtype:
