@@ -37,7 +37,7 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
     with refusing():
         # vLLM would refuse these too, seconds later and in other words.
         config = load_config(options.model)
-        special_tokens(load_tokenizer(options.model))
+        special_tokens(load_tokenizer(options.model), config)
         check_weight_files(options.model)
     if options.progress:
         print("starting vLLM ...", file=sys.stderr, flush=True)

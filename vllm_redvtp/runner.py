@@ -131,6 +131,7 @@ class DiffusionModelRunner:
             plan.denoising,
             plan.params.pruning,
             self.planner.special,
+            self.config.family.shifted_logits,
             stop_ids=plan.stop_ids,
             suffix_ids=plan.suffix_ids,
             block_table=list(request.block_ids[0]),

@@ -175,6 +175,7 @@ class LocalEngine:
             request.denoising,
             request.pruning,
             self.special,
+            self.config.family.shifted_logits,
             stop_ids=tuple(tuple(self._encode(stop)) for stop in request.denoising.stop),
             suffix_ids=tuple(self._encode(request.denoising.suffix)),
             block_table=block_table,

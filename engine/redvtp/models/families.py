@@ -81,6 +81,9 @@ class Family:
     suppresses: bos, end of text and the header tokens are never chosen (eot and the mask may be).
     counts_surplus_rows: the head is not cut to the tokenizer's length, so the rows beyond it take their share of every
         probability (they still can never win: no token has their ids).
+    top_k: only so many best tokens of a row have any probability. LaViDa's Dream takes 50, because transformers'
+        generation settings say so where nobody else does; confidences are computed from what is left even when nothing
+        is drawn.
     scores_proposed_masks: a canvas position for which the first step chose the mask id itself counts as undecided when
         visual tokens are scored.
     """
@@ -99,6 +102,7 @@ class Family:
     shifted_logits: bool = False
     suppresses: bool = False
     counts_surplus_rows: bool = False
+    top_k: int | None = None
     scores_proposed_masks: bool = False
 
 
@@ -131,6 +135,7 @@ LAVIDA_DREAM = Family(
     qkv_bias=True,
     pooled_tiles=True,
     shifted_logits=True,
+    top_k=50,
     scores_proposed_masks=True,
 )
 FAMILIES = MappingProxyType({family.architecture: family for family in (LLADA_V, LAVIDA_LLADA, LAVIDA_DREAM)})
