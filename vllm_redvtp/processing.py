@@ -40,7 +40,7 @@ def decode_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 class DvlmProcessingInfo(BaseProcessingInfo):
-    """What vLLM asks about a model's inputs. LLaDA-V has no Hugging Face processor class, and needs none."""
+    """What vLLM asks about a model's inputs. Our models have no Hugging Face processor class, and need none."""
 
     @cached_property
     def config(self) -> DvlmConfig:
@@ -83,7 +83,7 @@ class DvlmProcessor(BaseMultiModalProcessor[DvlmProcessingInfo]):
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         if hf_kwargs:
-            raise ValueError(f"mm_processor_kwargs are not supported by LLaDA-V, got {', '.join(sorted(hf_kwargs))}")
+            raise ValueError(f"mm_processor_kwargs are not supported, got {', '.join(sorted(hf_kwargs))}")
         images = [_pil_image(image) for image in hf_data.get("images", ())]
         mode = image_mode(self.info.config, len(images))
         tiles = [tile_image(image, self.info.config, mode.mode) for image in images]

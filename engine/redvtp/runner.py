@@ -246,7 +246,7 @@ class DenoisingRunner:
         # What the next step computes again is about to be overwritten.
         kept_rows = 0 if sequence.finished else sequence.next_step().first
         if kept_rows:
-            moved = (part[:kept_rows] for part in (rows, old_positions, new_positions))
-            plan = plan_compaction(table, *moved, self.cache.block_size)
+            rows, old_positions, new_positions = (part[:kept_rows] for part in (rows, old_positions, new_positions))
+            plan = plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size)
             compact(self.cache, plan, self.model.language_model.rotary)
         del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]
