@@ -103,7 +103,7 @@ class DiffusionRenderer(HfRenderer):
         asked = sampling.max_tokens
         self._check(prompt_tokens, visual_tokens, sampling)
         plan = self._planner.plan(sampling, prompt_tokens)
-        if asked is not None and asked > plan.denoising.gen_length:
+        if asked is not None and asked > plan.denoising.gen_length and not plan.draft_ids:
             raise VLLMValidationError(
                 f"max_tokens {asked} is all that is left of the context, which vLLM cannot tell from leaving it out; "
                 f"pass extra_args {{'{PREFIX}gen_length': {asked}}} instead",

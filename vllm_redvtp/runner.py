@@ -135,6 +135,7 @@ class DiffusionModelRunner:
             stop_ids=plan.stop_ids,
             suffix_ids=plan.suffix_ids,
             block_table=list(request.block_ids[0]),
+            draft_ids=plan.draft_ids,
             committed=tuple((request.prefill_token_ids or prompt)[len(prompt) :]),
         )
 

@@ -86,6 +86,7 @@ class DiffusionScheduler(Scheduler):
         self._planner.check_fits(plan, state.visual_tokens)
         self._planner.settle(sampling, plan.denoising.gen_length)
         request.max_tokens = plan.denoising.gen_length
+        sampling.ignore_eos = plan.denoising.ignore_eos
         if not plan.denoising.ignore_eos:
             # vLLM itself knows one end token, LLaDA has two.
             ends = set(self._planner.special.end_ids) - {sampling.eos_token_id}

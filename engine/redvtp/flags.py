@@ -149,6 +149,7 @@ def _denoising_flags(parser: argparse.ArgumentParser) -> None:
     add("--stop", nargs="+", action="extend", default=[], metavar="STR", help=stop)
     add("--ignore-eos", action="store_true", help="go on after the model's end tokens")
     add("--suffix", default=usual["suffix"], metavar="TEXT", help="text behind the canvas, seen at every step")
+    add("--draft", default=usual["draft"], metavar="TEXT", help="the answer with a <mask> for each token to fill in")
     spread = f"how a block's tokens spread over its steps: {', '.join(SCHEDULES)} (default %(default)s)"
     add("--schedule", default=usual["schedule"], metavar="NAME", help=spread)
     number("schedule-shift", "F", "of --schedule shift: above 1 most tokens are decided late, below 1 early")

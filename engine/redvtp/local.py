@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
+from redvtp.denoising.draft import lay_out
 from redvtp.kv.blocks import BlockPool, blocks_needed
 from redvtp.kv.cache import PagedKVCache
 from redvtp.models.config import DvlmConfig, load_config
@@ -113,6 +114,7 @@ class LocalEngine:
     def generate(self, requests: list[Request], progress: bool = False) -> list[Generation]:
         """Answer every request, in order. Raises ValueError before any computing if one of them cannot be served."""
         prompts = [self.tokenize(request) for request in requests]
+        requests = [replace(request, denoising=self._lay_out(request)[0]) for request in requests]
         generations = [
             Generation(request, len(prompt.ids), prompt.visual_spans)
             for request, prompt in zip(requests, prompts, strict=True)
@@ -145,11 +147,12 @@ class LocalEngine:
         prompt = build_prompt_tokens(pieces, counts, self.special.placeholder_id)
         if not prompt.ids:
             raise ValueError("the prompt is empty; give the model at least one token")
-        extra = request.denoising.gen_length + len(self._encode(request.denoising.suffix))
+        denoising, _ = self._lay_out(request)
+        extra = denoising.gen_length + len(self._encode(denoising.suffix))
         if len(prompt.ids) + extra > self.max_model_len:
             raise ValueError(
                 f"prompt ({len(prompt.ids):,} tokens, {sum(counts):,} of them visual) plus gen_length "
-                f"{request.denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use "
+                f"{denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use "
                 f"a smaller image"
             )
         if blocks_needed(len(prompt.ids) + extra, self.cache.block_size) > self.cache.num_blocks:
@@ -164,6 +167,7 @@ class LocalEngine:
         self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str = ""
     ) -> Sequence:
         """A sequence ready for its first step; runs the vision tower."""
+        denoising, draft_ids = self._lay_out(request)
         mode = image_mode(self.config, len(request.images))
         pixels = [tile_image(image, self.config, mode.mode) for image in request.images]
         visual = self.model.encode_images(pixels, [image.size for image in request.images], mode)
@@ -172,14 +176,18 @@ class LocalEngine:
             request_id,
             self.model.embed_prompt(ids, prompt.visual_spans, visual),
             prompt.visual_spans,
-            request.denoising,
+            denoising,
             request.pruning,
             self.special,
             self.config.family.shifted_logits,
-            stop_ids=tuple(tuple(self._encode(stop)) for stop in request.denoising.stop),
-            suffix_ids=tuple(self._encode(request.denoising.suffix)),
+            stop_ids=tuple(tuple(self._encode(stop)) for stop in denoising.stop),
+            suffix_ids=tuple(self._encode(denoising.suffix)),
             block_table=block_table,
+            draft_ids=draft_ids,
         )
+
+    def _lay_out(self, request: Request) -> tuple[DenoisingParams, tuple[int, ...]]:
+        return lay_out(self.tokenizer, request.denoising, self.special.mask_id)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

@@ -15,6 +15,8 @@ SCHEDULES = ("even", "linear", "shift", "cosine", "logit_normal", "dream")
 PRESETS = ("redvtp", "random", "uniform", "none")
 POSITIONS = ("compact", "original")
 
+# One of these in a draft is one token to fill in.
+MASK_MARK = "<mask>"
 DEFAULT_BLOCK_LENGTH = 32
 # A canvas above this is a typing error, not a wish: one tensor row for each token is laid out at once.
 MAX_GEN_LENGTH = 1 << 16
@@ -53,6 +55,8 @@ class DenoisingParams:
     `entropy`, the largest `margin` between the two best tokens, or `random` ones.
     stop: strings that end the answer wherever they appear on the canvas; not part of it.
     suffix: text after the canvas, seen by every step, never overwritten, returned after the answer.
+    draft: the answer with a `<mask>` for every token that is to be filled in; the rest of it never changes. The canvas
+    is then as long as the draft, which gen_length only limits, and the model's end tokens do not end it.
     ignore_eos: the model's end tokens do not end the answer.
     cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks;
     `prefix_lm` computes the prompt once, without the canvas in its view, and after that only the canvas.
@@ -71,6 +75,7 @@ class DenoisingParams:
     remasking: str = "low_confidence"
     stop: tuple[str, ...] = ()
     suffix: str = ""
+    draft: str = ""
     ignore_eos: bool = False
     cache: str = "none"
     refresh_interval: int = 32
@@ -98,6 +103,8 @@ class DenoisingParams:
             raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
         if not isinstance(self.suffix, str):
             raise ValueError(f"suffix must be a string, got {self.suffix!r}")
+        if not isinstance(self.draft, str) or (self.draft and MASK_MARK not in self.draft):
+            raise ValueError(f"draft must be text with at least one {MASK_MARK} to fill in, got {self.draft!r}")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
         _one_of("cache", self.cache, CACHES)

@@ -78,7 +78,7 @@ class Sequence:
     prompt_embeds: [prompt, hidden], visual tokens in place. visual_spans: half-open ranges of the visual tokens in it,
     one for each image. shifted_logits: see `Family`. stop_ids: the stop strings as token sequences. suffix_ids: tokens
     after the canvas. block_table: cache blocks for `total_length` tokens. committed: canvas tokens that were streamed
-    before a preemption.
+    before a preemption. draft_ids: see `Canvas`.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Sequence:
         suffix_ids: tuple[int, ...] = (),
         block_table: list[int] | None = None,
         committed: tuple[int, ...] = (),
+        draft_ids: tuple[int, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.denoising = denoising
@@ -117,6 +118,7 @@ class Sequence:
             stop_ids + tuple((token,) for token in self._end_tokens),
             committed,
             schedule_of(denoising.schedule, denoising.schedule_shift),
+            draft_ids,
         )
         self.generator = torch.Generator()
         if denoising.seed is None:

@@ -25,6 +25,8 @@ BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"stop": ("",)}, "stop must be non-empty strings"),
     ({"stop": "eot"}, "stop must be non-empty strings"),
     ({"suffix": 3}, "suffix must be a string"),
+    ({"draft": 3}, "draft must be text with at least one <mask> to fill in, got 3"),
+    ({"draft": "all said"}, "draft must be text with at least one <mask> to fill in, got 'all said'"),
     ({"ignore_eos": 1}, "ignore_eos must be true or false"),
     ({"cache": "dual"}, "cache must be one of none, prefix, prefix_lm, got 'dual'"),
     ({"refresh_interval": 0}, "refresh_interval must be an integer >= 1, got 0"),

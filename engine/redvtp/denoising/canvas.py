@@ -22,6 +22,7 @@ class Canvas:
     stop_sequences: token sequences; the answer ends before the first position where one of them starts, wherever the
         model decides it first.
     committed: leading tokens that are decided already (a request that was preempted after it had streamed them).
+    draft: what the canvas begins with, the mask id where it is undecided; the rest of it never changes.
     schedule: spreads the tokens a block still has to decide when it becomes active over its steps.
     """
 
@@ -34,8 +35,10 @@ class Canvas:
         stop_sequences: tuple[tuple[int, ...], ...] = (),
         committed: tuple[int, ...] = (),
         schedule: Schedule = even_counts,
+        draft: tuple[int, ...] = (),
     ) -> None:
         self.tokens = torch.full((gen_length,), mask_id, dtype=torch.int64)
+        self.tokens[: len(draft)] = torch.tensor(draft, dtype=torch.int64)
         self.tokens[: len(committed)] = torch.tensor(committed, dtype=torch.int64)
         self.mask_id = mask_id
         self.steps_done = 0

@@ -1,0 +1,82 @@
+"""What only LaViDa has, through vLLM: chat formats, two ranks on its layouts, blocks back from a prompt that stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from vllm import LLM, SamplingParams
+
+import golden_data
+from golden_data import Run
+from plugin.requests import answer_of, free_blocks, prompt_of, sampling_of, usable_blocks
+from redvtp.kv.blocks import blocks_needed
+
+LlmFactory = Callable[..., LLM]
+CHECKPOINTS = ("tiny-lavida", "tiny-lavida-dream")
+# In both cache modes, pruned and not, with one image of another shape each.
+RUNS = [
+    run
+    for run in golden_data.runs(checkpoints=CHECKPOINTS)
+    if f"{run.case.checkpoint}/{run.case.name}/{run.name}"
+    in {
+        "tiny-lavida/square/prefix_shift_r100_lowconf_g32b32",
+        "tiny-lavida/wide/full_None_r50_margin_g32b32",
+        "tiny-lavida/wide/redvtp_k25_g32_s16",
+        "tiny-lavida-dream/square/prefix_margin_s16",
+        "tiny-lavida-dream/wide/full_maskgit_s16",
+    }
+]
+
+
+def _message(case: golden_data.Case) -> list[dict[str, Any]]:
+    (image,) = case.images()
+    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": case.question}]
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_a_chat_message_becomes_the_references_prompt(run: Run, llm_factory: LlmFactory) -> None:
+    """The template has the system message the model was trained with, in the format of its language model."""
+    llm = llm_factory(run.case.checkpoint)
+    (output,) = llm.chat([_message(run.case)], sampling_of(run))
+    assert list(output.outputs[0].token_ids) == run.output
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_pruned_blocks_of_a_prompt_encoded_once_come_back(checkpoint: str, llm_factory: LlmFactory) -> None:
+    llm = llm_factory(checkpoint, block_size=16)
+    case = golden_data.Case(checkpoint, "square")
+    knobs = {"cache": "prefix_lm", "keep_ratio": 0.25, "steps": 8, "report": "full"}
+    sampling = SamplingParams(
+        max_tokens=16, ignore_eos=True, extra_args={f"redvtp_{name}": value for name, value in knobs.items()}
+    )
+    (output,) = llm.generate([prompt_of(case)], sampling)
+    report = output.kv_transfer_params["redvtp"]
+    prompt, visual = report["prompt_tokens"], report["visual_tokens"]
+    kept = max(1, int(visual * 0.25))
+    assert report["visual_tokens_kept"] == kept
+    freed = blocks_needed(prompt + 16, 16) - blocks_needed(prompt - visual + kept + 16, 16)
+    assert report["blocks_freed"] == freed > 0
+    assert [step["tokens_computed"] for step in report["trace"]] == [prompt + 16, *[16] * (len(report["trace"]) - 1)]
+    assert free_blocks(llm) == usable_blocks(llm)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_two_ranks_give_the_tokens_of_one(checkpoint: str) -> None:
+    """Float32. Heads, key heads and (Dream) biases are split over two processes."""
+    runs = [run for run in RUNS if run.case.checkpoint == checkpoint]
+    llm = LLM(
+        str(golden_data.checkpoint_dir(checkpoint)),
+        dtype="float32",
+        tensor_parallel_size=2,
+        disable_log_stats=True,
+    )
+    try:
+        outputs = llm.generate([prompt_of(run.case) for run in runs], [sampling_of(run) for run in runs])
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    for run, output in zip(runs, outputs, strict=True):
+        assert answer_of(run, list(output.outputs[0].token_ids), llm.get_tokenizer()) == run.output
