@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 import golden_data
 from golden_data import Run
 from plugin.requests import answer_of, free_blocks, prompt_of, sampling_of, usable_blocks
+from redvtp.denoising.draft import draft_tokens
 from redvtp.kv.blocks import blocks_needed
 
 LlmFactory = Callable[..., LLM]
@@ -61,6 +63,31 @@ def test_pruned_blocks_of_a_prompt_encoded_once_come_back(checkpoint: str, llm_f
     assert report["blocks_freed"] == freed > 0
     assert [step["tokens_computed"] for step in report["trace"]] == [prompt + 16, *[16] * (len(report["trace"]) - 1)]
     assert free_blocks(llm) == usable_blocks(llm)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("max_tokens", [None, 40])
+def test_only_the_marks_of_a_draft_are_filled(checkpoint: str, max_tokens: int | None, llm_factory: LlmFactory) -> None:
+    llm = llm_factory(checkpoint)
+    draft = "There is a <mask><mask> on the<mask> side<|endoftext|>, and <mask>."
+    sampling = SamplingParams(max_tokens=max_tokens, extra_args={"redvtp_draft": draft, "redvtp_report": "full"})
+    (output,) = llm.generate([prompt_of(golden_data.Case(checkpoint, "wide"))], sampling)
+    mask_id = 584
+    laid_out = draft_tokens(cast(Any, llm.get_tokenizer()), draft, mask_id)
+    (answer,) = output.outputs
+    assert len(answer.token_ids) == len(laid_out)
+    assert answer.finish_reason == "length"
+    canvases = [step["canvas"] for step in output.kv_transfer_params["redvtp"]["trace"]]
+    assert canvases[-1] == list(answer.token_ids)
+    for canvas in canvases:
+        assert all(ours == fixed for ours, fixed in zip(canvas, laid_out, strict=True) if fixed != mask_id)
+
+
+def test_a_draft_over_the_limit_the_client_named_is_refused(llm_factory: LlmFactory) -> None:
+    llm = llm_factory("tiny-lavida")
+    sampling = SamplingParams(max_tokens=3, extra_args={"redvtp_draft": "<mask>" * 4})
+    with pytest.raises(VLLMValidationError, match="draft has 4 tokens, more than gen_length 3"):
+        llm.generate([prompt_of(golden_data.Case("tiny-lavida", "wide"))], sampling)
 
 
 @pytest.mark.slow
