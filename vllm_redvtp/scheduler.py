@@ -86,7 +86,11 @@ class DiffusionScheduler(Scheduler):
         self._planner.check_fits(plan, state.visual_tokens)
         self._planner.settle(sampling, plan.denoising.gen_length)
         request.max_tokens = plan.denoising.gen_length
-        sampling.ignore_eos = plan.denoising.ignore_eos
+        if plan.draft_ids:
+            # vLLM has entered the model's end tokens before anybody knew of the draft, which they do not end.
+            sampling._eos_token_id = None
+            kept = set(sampling.stop_token_ids or ()) - set(self._planner.special.end_ids)
+            sampling.stop_token_ids = sorted(kept)
         if not plan.denoising.ignore_eos:
             # vLLM itself knows one end token, LLaDA has two.
             ends = set(self._planner.special.end_ids) - {sampling.eos_token_id}
