@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from redvtp.denoising.schedule import canvas_blocks, transfer_table
+from redvtp.denoising.schedule import canvas_blocks, schedule_of, transfer_table
 from redvtp.models.config import DvlmConfig
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.pruning.budget import tokens_to_keep
@@ -27,18 +27,29 @@ class StepShape:
 
 
 def step_shapes(denoising: DenoisingParams, pruning: PruningParams, prompt: int, visual: int) -> Iterator[StepShape]:
-    """The steps of a request that runs to the end of its canvas, without a suffix."""
+    """The forwards of a request that runs to the end of its canvas, without a suffix: one a step, and one more for a
+    prompt that is encoded alone."""
     gen_length = denoising.gen_length
     block_length, steps = denoising.resolved_block_length, denoising.resolved_steps
     prunes = pruning.preset == "redvtp" and visual > 0
+    prefix_lm = denoising.cache == "prefix_lm"
+    if prefix_lm:
+        yield StepShape(prompt, prompt, 0, 0)
     first = True
     blocks = canvas_blocks(gen_length, block_length)
-    for (start, end), table in zip(blocks, transfer_table(gen_length, block_length, steps), strict=True):
+    schedule = schedule_of(denoising.schedule, denoising.schedule_shift)
+    for (start, end), table in zip(blocks, transfer_table(gen_length, block_length, steps, schedule), strict=True):
         masked = end - start
         for index, commits in enumerate(table):
             total = prompt + gen_length
-            full = denoising.cache == "none" or index % denoising.refresh_interval == 0
-            yield StepShape(total if full else gen_length - start, total, masked, gen_length if first and prunes else 0)
+            scored = gen_length if first and prunes else 0
+            if prefix_lm:
+                tokens = gen_length
+            elif denoising.cache == "none" or index % denoising.refresh_interval == 0:
+                tokens = total
+            else:
+                tokens = gen_length - start
+            yield StepShape(tokens, total, masked, scored)
             if first and prunes and gen_length > commits:
                 prompt -= visual - tokens_to_keep(visual, pruning.keep_ratio)
             first = False
