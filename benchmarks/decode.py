@@ -1,10 +1,11 @@
 """What visual-token pruning and the prefix cache gain on one request, against what arithmetic alone would allow.
 
-    python benchmarks/decode.py [--repeats 3] [--json results.json]
+    python benchmarks/decode.py [--family lavida] [--repeats 3] [--json results.json]
 
-Makes a random LLaDA-V checkpoint (kept in --workdir) and asks it about one picture of about 2,000 visual tokens: dense,
-and with RedVTP at several keep ratios, without and with the prefix cache. One process, interleaved runs; the fastest of
-each setting counts, since whatever else a machine does can only slow a run down.
+Makes a random checkpoint (kept in --workdir) and asks it about one picture, of about 2,000 visual tokens for LLaDA-V
+and 600 for LaViDa: dense, and with RedVTP at several keep ratios, without a cache and with the family's own (the prefix
+cache of LLaDA-V, LaViDa's prefix-LM). One process, interleaved runs; the fastest of each setting counts, since whatever
+else a machine does can only slow a run down.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from redvtp.prompt import chat_prompt
 from redvtp.vision.tiling import image_mode, tile_image
 
 QUESTION = "What is shown in the picture?"
+OWN_CACHES = {"llada-v": ["prefix"], "lavida": ["prefix_lm"]}
 MIB = 2**20
 
 
@@ -94,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything the report says, as data for --json."""
     shape = Shape(
-        options.hidden, options.intermediate, options.layers, options.heads,
+        options.family, options.hidden, options.intermediate, options.layers, options.heads,
         options.tower_hidden, options.tower_layers, options.tile,
     )  # fmt: skip
     engine = LocalEngine(
@@ -111,7 +113,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     assert dense.generation is not None
     return {
         "machine": {"device": str(engine.device), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "model": {name: getattr(options, name) for name in ("hidden", "intermediate", "layers", "heads", "dtype")},
+        "model": {
+            name: getattr(options, name) for name in ("family", "hidden", "intermediate", "layers", "heads", "dtype")
+        },
         "request": {
             "prompt_tokens": dense.generation.prompt_tokens,
             "visual_tokens": dense.generation.visual_tokens,
@@ -132,12 +136,12 @@ def _label(setting: Setting) -> str:
 def _requests(engine: LocalEngine, options: argparse.Namespace) -> dict[Setting, Request]:
     """One request for each setting, dense without cache first: the others are compared with it."""
     image = make_image(*options.image)
-    prompt = chat_prompt(engine.tokenizer, QUESTION, num_images=1)
+    prompt = chat_prompt(engine.tokenizer, QUESTION, num_images=1, template=engine.config.family.template)
     denoising = DenoisingParams(
         gen_length=options.gen_length, block_length=options.block_length, steps=options.steps, ignore_eos=True
     )
     keeps = [100, *sorted(set(options.keep) - {100}, reverse=True)]
-    caches = ["none", *(cache for cache in options.cache if cache != "none")]
+    caches = ["none", *(cache for cache in options.cache or OWN_CACHES[options.family] if cache != "none")]
     settings = [Setting(cache, keep) for cache in caches for keep in keeps]
     return {setting: setting.request(prompt, image, denoising) for setting in settings}
 
@@ -221,8 +225,8 @@ def report(results: dict[str, Any]) -> str:
     machine, model, request = results["machine"], results["model"], results["request"]
     lengths = "/".join(str(request[name]) for name in ("gen_length", "block_length", "steps"))
     head = (
-        f"{model['layers']} layers, hidden {model['hidden']}, {model['dtype']}, {machine['device']} with "
-        f"{machine['threads']} threads; prompt of {request['prompt_tokens']:,} tokens, "
+        f"{model['family']}, {model['layers']} layers, hidden {model['hidden']}, {model['dtype']}, "
+        f"{machine['device']} with {machine['threads']} threads; prompt of {request['prompt_tokens']:,} tokens, "
         f"{request['visual_tokens']:,} of them visual; gen/block/steps {lengths}; "
         f"fastest of {results['repeats']} interleaved runs"
     )
@@ -266,15 +270,15 @@ def _scoring_memory(results: dict[str, Any]) -> str:
 def _step_table(results: dict[str, Any]) -> str:
     """Where a step's time goes, dense and with the strongest pruning: steps as columns, parts as rows."""
     seconds = results["step_seconds"]
-    most_pruned = results["rows"][-1]["setting"]
+    most_pruned, own = results["rows"][-1]["setting"], results["rows"][-1]["cache"]
     columns: dict[str, dict[str, float]] = {}
     for setting in dict.fromkeys(("dense", most_pruned)):
-        for cache, kind in (("none", "full"), ("prefix", "response")):
+        for cache, kind in (("none", "full"), *(((own, "response"),) if own != "none" else ())):
             times = seconds.get(f"{setting}, cache {cache}")
             if times is None:
                 continue
             # Where the prompt stays in its pages, the first step moves the survivors: the fullest of first steps.
-            if setting != "dense" and (cache == "prefix" or f"{setting}, cache prefix" not in seconds):
+            if setting != "dense" and cache == own:
                 columns[f"{setting}, first"] = times["first"]
             columns[f"{setting}, {kind}"] = times["later"]
     parts = list(dict.fromkeys(part for column in columns.values() for part in column))
@@ -311,6 +315,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     model = parser.add_argument_group("random model")
+    model.add_argument("--family", choices=sorted(OWN_CACHES), default="llada-v", help="whose layout and vision path")
     model.add_argument("--hidden", type=int, default=1024, help="width of the language model")
     model.add_argument("--intermediate", type=int, default=3072, help="width of its MLP")
     model.add_argument("--layers", type=int, default=4, help="its layers")
@@ -325,7 +330,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     work.add_argument("--block-length", type=int, default=32, help="canvas positions decoded together")
     work.add_argument("--steps", type=int, default=16, help="denoising steps")
     work.add_argument("--keep", type=_percent, nargs="+", default=[75, 50, 25], help="percent of visual tokens kept")
-    work.add_argument("--cache", choices=CACHES, nargs="+", default=list(CACHES), help="none is always run")
+    work.add_argument("--cache", choices=CACHES, nargs="+", help="none is always run; default: the family's own too")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--repeats", type=int, default=3, help="runs of each setting; the fastest counts")
     machine.add_argument("--device", help="cpu or cuda; without it, cuda where there is one")

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from redvtp.denoising.schedule import canvas_blocks, transfer_table
-from redvtp.models.config import LladaVConfig
+from redvtp.denoising.schedule import canvas_blocks, schedule_of, transfer_table
+from redvtp.models.config import DvlmConfig
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.pruning.budget import tokens_to_keep
 
@@ -27,18 +27,29 @@ class StepShape:
 
 
 def step_shapes(denoising: DenoisingParams, pruning: PruningParams, prompt: int, visual: int) -> Iterator[StepShape]:
-    """The steps of a request that runs to the end of its canvas, without a suffix."""
+    """The forwards of a request that runs to the end of its canvas, without a suffix: one a step, and one more for a
+    prompt that is encoded alone."""
     gen_length = denoising.gen_length
     block_length, steps = denoising.resolved_block_length, denoising.resolved_steps
     prunes = pruning.preset == "redvtp" and visual > 0
+    prefix_lm = denoising.cache == "prefix_lm"
+    if prefix_lm:
+        yield StepShape(prompt, prompt, 0, 0)
     first = True
     blocks = canvas_blocks(gen_length, block_length)
-    for (start, end), table in zip(blocks, transfer_table(gen_length, block_length, steps), strict=True):
+    schedule = schedule_of(denoising.schedule, denoising.schedule_shift)
+    for (start, end), table in zip(blocks, transfer_table(gen_length, block_length, steps, schedule), strict=True):
         masked = end - start
         for index, commits in enumerate(table):
             total = prompt + gen_length
-            full = denoising.cache == "none" or index % denoising.refresh_interval == 0
-            yield StepShape(total if full else gen_length - start, total, masked, gen_length if first and prunes else 0)
+            scored = gen_length if first and prunes else 0
+            if prefix_lm:
+                tokens = gen_length
+            elif denoising.cache == "none" or index % denoising.refresh_interval == 0:
+                tokens = total
+            else:
+                tokens = gen_length - start
+            yield StepShape(tokens, total, masked, scored)
             if first and prunes and gen_length > commits:
                 prompt -= visual - tokens_to_keep(visual, pruning.keep_ratio)
             first = False
@@ -46,14 +57,14 @@ def step_shapes(denoising: DenoisingParams, pruning: PruningParams, prompt: int,
 
 
 def request_flops(
-    config: LladaVConfig, denoising: DenoisingParams, pruning: PruningParams, prompt: int, visual: int, tiles: int
+    config: DvlmConfig, denoising: DenoisingParams, pruning: PruningParams, prompt: int, visual: int, tiles: int
 ) -> int:
     """Everything from pixels to the last token. prompt: all its tokens. tiles: of all images together."""
     steps = step_shapes(denoising, pruning, prompt, visual)
     return vision_flops(config, tiles) + sum(step_flops(config, step) for step in steps)
 
 
-def step_flops(config: LladaVConfig, step: StepShape) -> int:
+def step_flops(config: DvlmConfig, step: StepShape) -> int:
     """One forward of the language model, with its scoring and its logits."""
     hidden = config.hidden_size
     width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -64,7 +75,7 @@ def step_flops(config: LladaVConfig, step: StepShape) -> int:
     return layers + 2 * step.candidates * hidden * config.vocab_size
 
 
-def vision_flops(config: LladaVConfig, tiles: int) -> int:
+def vision_flops(config: DvlmConfig, tiles: int) -> int:
     """Tower (the layers that are run) and projector."""
     tower, width = config.tower, config.tower.hidden_size
     patches = tower.side**2

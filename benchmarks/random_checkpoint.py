@@ -1,4 +1,4 @@
-"""A random LLaDA-V checkpoint of any size, in the layout of the published one, and a picture to ask it about.
+"""A random LLaDA-V or LaViDa checkpoint of any size, in the layout of the published one, and a picture to ask it about.
 
 Made once for each size and kept in a work folder. The weights are random but not arbitrary: every linear keeps the
 scale of what goes through it and attention is uneven, so scores differ between visual tokens and answers depend on
@@ -20,8 +20,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-TINY = Path(__file__).resolve().parents[1] / "tests" / "golden" / "ckpt" / "tiny-llada-v"
+from redvtp.models.families import family_of
+from redvtp.models.loading import checkpoint_name, rename
+
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "ckpt"
+# The tiny checkpoint whose tokenizer and settings a family takes over.
+TINY = {"llada-v": "tiny-llada-v", "lavida": "tiny-lavida"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+# Tiles across and down that the published checkpoints know.
+GRIDS = {
+    "llada-v": [(i, j) for i in range(1, 7) for j in range(1, 7)],
+    "lavida": [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)],
+}
 PATCH = 14
 # Rows of the tiny checkpoints' embedding: more than the tokenizer has, as in the published checkpoint.
 VOCAB = 640
@@ -32,6 +42,7 @@ MASK_ID = 584
 class Shape:
     """Sizes of the language model and of the tower. tile: the side of the tower's input in pixels."""
 
+    family: str
     hidden: int
     intermediate: int
     layers: int
@@ -44,19 +55,22 @@ class Shape:
 def make_checkpoint(workdir: Path, shape: Shape) -> Path:
     """The checkpoint folder for this shape, written if it is not there yet."""
     name = hashlib.sha256(json.dumps(asdict(shape)).encode()).hexdigest()[:12]
-    folder = workdir / f"llada-v-{name}"
+    folder = workdir / f"{shape.family}-{name}"
     if (folder / "complete").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for file in TOKENIZER_FILES:
-        shutil.copyfile(TINY / file, folder / file)
+        shutil.copyfile(CHECKPOINTS / TINY[shape.family] / file, folder / file)
     # The name must not be the published tower's, whose geometry is known without a folder.
     tower = workdir / f"siglip-patch{PATCH}-{name}"
     tower.mkdir(exist_ok=True)
     (tower / "config.json").write_text(json.dumps({"vision_config": _tower_config(shape)}))
-    (folder / "config.json").write_text(json.dumps(_config(shape, tower.name)))
+    config = _config(shape, tower.name)
+    (folder / "config.json").write_text(json.dumps(config))
+    layout = family_of(config["architectures"]).layout
     generator = torch.Generator().manual_seed(0)
-    save_file(dict(_tensors(shape, generator)), folder / "model.safetensors")
+    tensors = {_renamed(tensor_name, layout): tensor for tensor_name, tensor in _tensors(shape, generator)}
+    save_file(tensors, folder / "model.safetensors")
     (folder / "complete").touch()
     return folder
 
@@ -72,20 +86,30 @@ def make_image(width: int, height: int) -> Image.Image:
 
 
 def _config(shape: Shape, tower: str) -> dict[str, object]:
-    config: dict[str, object] = json.loads((TINY / "config.json").read_text())
-    return config | {
+    config: dict[str, object] = json.loads((CHECKPOINTS / TINY[shape.family] / "config.json").read_text())
+    sizes = {
         "hidden_size": shape.hidden,
         "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads,
         "vocab_size": VOCAB,
+        "max_position_embeddings": 16384,
+    }
+    keys = family_of(config["architectures"]).keys
+    vision = {
         "mm_hidden_size": shape.tower_hidden,
         "mm_vision_tower": tower,
-        "image_grid_pinpoints": [[i * shape.tile, j * shape.tile] for i in range(1, 7) for j in range(1, 7)],
-        "max_position_embeddings": 16384,
+        "image_grid_pinpoints": [[i * shape.tile, j * shape.tile] for i, j in GRIDS[shape.family]],
         "tokenizer_model_max_length": 16384,
     }
+    return config | {keys.get(name, name): size for name, size in sizes.items()} | vision
+
+
+def _renamed(name: str, layout: str) -> str:
+    """A LLaDA-V tensor's name in another layout."""
+    ours = rename(name, "llama")
+    return name if ours is None else checkpoint_name(ours, layout)
 
 
 def _tower_config(shape: Shape) -> dict[str, object]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from hypothesis import strategies
 
 from golden_data import checkpoint_dir
-from redvtp.models.config import SO400M_PATCH14_384, LladaVConfig, TowerConfig, load_config
+from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, TowerConfig, load_config
 
 
-def with_geometry(tower: TowerConfig, aspect: str, pinpoints: list[tuple[int, int]]) -> LladaVConfig:
+def with_geometry(tower: TowerConfig, aspect: str, pinpoints: list[tuple[int, int]]) -> DvlmConfig:
     """A checkpoint whose vision part looks like this; pinpoints in tiles, (width, height)."""
     tile = tower.image_size
     return replace(

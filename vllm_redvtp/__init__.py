@@ -1,8 +1,8 @@
 """vllm-redvtp: serves diffusion vision-language models in vLLM and prunes their visual tokens while they decode.
 
 vLLM finds `register` through the entry point `vllm.general_plugins: redvtp` and calls it in every process it starts.
-It only writes names into vLLM's registries; models, tokenizers and workers are imported by vLLM when a LLaDA-V
-checkpoint is served. Other models are served as if the plugin were not there.
+It only writes names into vLLM's registries; models, tokenizers and workers are imported by vLLM when a checkpoint
+of one of the families is served. Other models are served as if the plugin were not there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _registered = False
 
 
 def register() -> None:
-    """Make vLLM know the LLaDA-V architecture. Safe to call again."""
+    """Make vLLM know the architectures. Safe to call again."""
     global _registered
     if _registered:
         return
@@ -26,18 +26,20 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
 
+    from redvtp.models.families import FAMILIES
     from vllm_redvtp.cli import install_plugin_option
-    from vllm_redvtp.config import ARCHITECTURE, TOKENIZER_MODE, LladaVModelConfig, LlavaLladaConfig
+    from vllm_redvtp.config import TOKENIZER_MODE, DvlmModelConfig, LlavaDreamConfig, LlavaLladaConfig
 
-    AutoConfig.register(LlavaLladaConfig.model_type, LlavaLladaConfig, exist_ok=True)
-    ModelRegistry.register_model(ARCHITECTURE, "vllm_redvtp.models:LlavaLLaDAModelLM")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = LladaVModelConfig
+    for config in (LlavaLladaConfig, LlavaDreamConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    for architecture, family in FAMILIES.items():
+        ModelRegistry.register_model(architecture, "vllm_redvtp.models:ServedDvlm")
+        MODELS_CONFIG_MAP[architecture] = DvlmModelConfig
+        template = Path(__file__).parent / "templates" / f"{family.template}.jinja"
+        register_chat_template_fallback_path(family.model_type, template)
     # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer (as vLLM's own "inkling"
     # mode does).
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.renderer", "DiffusionRenderer")
-    register_chat_template_fallback_path(
-        LlavaLladaConfig.model_type, Path(__file__).parent / "templates" / "llada_v.jinja"
-    )
     install_plugin_option()
     _registered = True

@@ -1,6 +1,6 @@
-"""How vLLM must be set up to serve LLaDA-V: the Hugging Face config class, and the hook that adjusts vLLM's own config.
+"""How vLLM must be set up for diffusion: Hugging Face config classes, and the hook that adjusts vLLM's own config.
 
-`LladaVModelConfig` sits in vLLM's MODELS_CONFIG_MAP and runs before workers, scheduler and tokenizers are chosen,
+`DvlmModelConfig` sits in vLLM's MODELS_CONFIG_MAP and runs before workers, scheduler and tokenizers are chosen,
 once in every process that builds a config; engine and workers receive the finished one. What cannot work is refused
 here, with a sentence.
 """
@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import PretrainedConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from redvtp.models.config import ARCHITECTURE, LladaVConfig
+from redvtp.models.config import DvlmConfig
+from redvtp.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
-
-__all__ = ["ARCHITECTURE", "TOKENIZER_MODE", "LladaVModelConfig", "LlavaLladaConfig", "llada_v_config"]
 
 TOKENIZER_MODE = "redvtp"
 # A multiple of 16 as paged attention kernels want it; small enough that a pruning frees blocks.
@@ -29,27 +28,43 @@ CPU_KV_CACHE_BYTES = 4 << 30
 
 
 class LlavaLladaConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """config.json of a LLaDA-V checkpoint as it stands; `llada_v_config` gives its meaning."""
+    """config.json of a LLaDA-V or LaViDa checkpoint as it stands; `engine_config` gives its meaning."""
 
     model_type = "llava_llada"
 
+    def __init__(self, **kwargs: Any) -> None:
+        # vLLM asks for sizes under their usual names.
+        for architecture in kwargs.get("architectures") or ():
+            for ours, theirs in getattr(FAMILIES.get(architecture), "keys", {}).items():
+                if theirs in kwargs:
+                    kwargs.setdefault(ours, kwargs[theirs])
+        super().__init__(**kwargs)
 
-def llada_v_config(model_config: ModelConfig) -> LladaVConfig:
+
+class LlavaDreamConfig(LlavaLladaConfig):  # type: ignore[no-untyped-call]
+    """The same for LaViDa with the Dream language model."""
+
+    model_type = "llava_dream"
+
+
+def engine_config(model_config: ModelConfig) -> DvlmConfig:
     """The engine's view of the served checkpoint, `--hf-overrides` included. Raises ValueError if it cannot run it."""
-    return LladaVConfig.from_dict(model_config.hf_config.to_dict(), model_config.model)
+    return DvlmConfig.from_dict(model_config.hf_config.to_dict(), model_config.model)
 
 
-class LladaVModelConfig(VerifyAndUpdateConfig):
-    """MODELS_CONFIG_MAP entry of LLaDA-V."""
+class DvlmModelConfig(VerifyAndUpdateConfig):
+    """MODELS_CONFIG_MAP entry of every family."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Before anything is loaded: can we run it? Tokenizer mode, chat template and request checks become ours."""
-        llada_v_config(model_config)
+        family = engine_config(model_config).family
         if model_config.skip_tokenizer_init:
-            raise ValueError("LLaDA-V needs its tokenizer to find the mask token; do not use --skip-tokenizer-init")
+            raise ValueError(
+                f"{family.name} needs its tokenizer to find the mask token; do not use --skip-tokenizer-init"
+            )
         if model_config.enable_prompt_embeds:
-            raise ValueError("--enable-prompt-embeds is not supported for LLaDA-V; send text and images")
+            raise ValueError(f"--enable-prompt-embeds is not supported for {family.name}; send text and images")
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = TOKENIZER_MODE
         # Compilation and CUDA graphs of vLLM assume its own model runners.
@@ -94,10 +109,12 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         "a quantised KV cache (--kv-cache-dtype)": vllm_config.cache_config.cache_dtype != "auto",
     }
+    config = engine_config(vllm_config.model_config)
     for feature, wanted in refused.items():
         if wanted:
-            raise ValueError(f"not supported for diffusion decoding of LLaDA-V: {feature}; start the server without it")
-    config = llada_v_config(vllm_config.model_config)
+            raise ValueError(
+                f"not supported for diffusion decoding of {config.family.name}: {feature}; start the server without it"
+            )
     ranks = parallel.tensor_parallel_size
     if config.num_key_value_heads % ranks:
         raise ValueError(f"--tensor-parallel-size {ranks} does not divide the {config.num_key_value_heads} KV heads")
@@ -159,7 +176,7 @@ def _size_kv_cache(vllm_config: VllmConfig) -> None:
 
 def _cpu_kv_cache_bytes(vllm_config: VllmConfig) -> int:
     model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
-    config = llada_v_config(model)
+    config = engine_config(model)
     dtype: Any = model.dtype
     heads = config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
     block_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize * block_size

@@ -11,13 +11,13 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from redvtp.kv.cache import PagedKVCache
-from redvtp.models.config import LladaVConfig
+from redvtp.models.config import DvlmConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-def kv_cache_spec(config: LladaVConfig, vllm_config: VllmConfig) -> dict[str, KVCacheSpec]:
+def kv_cache_spec(config: DvlmConfig, vllm_config: VllmConfig) -> dict[str, KVCacheSpec]:
     """One entry for each layer, equal on all ranks. Non-causal: vLLM keeps chunked prefill and prefix caching off."""
     spec = FullAttentionSpec(
         block_size=vllm_config.cache_config.block_size,
@@ -30,7 +30,7 @@ def kv_cache_spec(config: LladaVConfig, vllm_config: VllmConfig) -> dict[str, KV
 
 
 def allocate_kv_cache(
-    config: LladaVConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, device: torch.device
+    config: DvlmConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, device: torch.device
 ) -> PagedKVCache:
     """The pages of this rank. Raises ValueError should they not fill exactly what vLLM has set aside for them."""
     (group,) = kv_cache_config.kv_cache_groups
@@ -51,7 +51,7 @@ def allocate_kv_cache(
     return cache
 
 
-def _kv_heads(config: LladaVConfig, vllm_config: VllmConfig) -> int:
+def _kv_heads(config: DvlmConfig, vllm_config: VllmConfig) -> int:
     return config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
 
 

@@ -1,7 +1,7 @@
-"""LLaDA-V as vLLM's model loader sees it: the engine's model, its linears swapped where they are split or quantised.
+"""A family's model as vLLM's loader sees it: the engine's, its linears swapped where they are split or quantised.
 
 vLLM instantiates the class, streams weights into `load_weights` and asks it nothing afterwards: the forward pass
-belongs to `redvtp.runner`, driven by `vllm_redvtp.runner`. The class name is the checkpoint's architecture.
+belongs to `redvtp.runner`, driven by `vllm_redvtp.runner`. One class serves every architecture.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from vllm.model_executor.models.interfaces import SupportsMultiModal
 from vllm.model_executor.models.transformers.utils import replace_linear_class
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from redvtp.models.llada_v import LladaV
+from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import load_weights
 from redvtp.prompt import IMAGE_MARK
-from vllm_redvtp.config import llada_v_config
-from vllm_redvtp.processing import LladaVDummyInputs, LladaVProcessingInfo, LladaVProcessor
+from vllm_redvtp.config import engine_config
+from vllm_redvtp.processing import DvlmDummyInputs, DvlmProcessingInfo, DvlmProcessor
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-@MULTIMODAL_REGISTRY.register_processor(LladaVProcessor, info=LladaVProcessingInfo, dummy_inputs=LladaVDummyInputs)
-class LlavaLLaDAModelLM(LladaV, SupportsMultiModal):
+@MULTIMODAL_REGISTRY.register_processor(DvlmProcessor, info=DvlmProcessingInfo, dummy_inputs=DvlmDummyInputs)
+class ServedDvlm(Dvlm, SupportsMultiModal):
     """The engine's model under the name vLLM knows."""
 
     @classmethod
     def get_placeholder_str(cls, modality: str, i: int) -> str | None:
         if modality != "image":
-            raise ValueError(f"LLaDA-V takes images only, got {modality}")
+            raise ValueError(f"this model takes images only, got {modality}")
         return IMAGE_MARK
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(llada_v_config(vllm_config.model_config))
+        super().__init__(engine_config(vllm_config.model_config))
         if get_tensor_model_parallel_world_size() > 1 or vllm_config.quant_config is not None:
             self._swap_linears(vllm_config.quant_config)
 
@@ -62,7 +62,7 @@ class LlavaLLaDAModelLM(LladaV, SupportsMultiModal):
         return self.embed(input_ids)
 
     def forward(self, input_ids: Tensor, positions: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raise NotImplementedError("LLaDA-V decodes by diffusion: vllm_redvtp.runner drives it")
+        raise NotImplementedError("diffusion models decode step by step: vllm_redvtp.runner drives it")
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         return self.language_model.logits(hidden_states, self.config.vocab_size)

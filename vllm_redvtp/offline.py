@@ -19,7 +19,7 @@ from tqdm import tqdm
 from redvtp.cli import EngineOptions, refusing
 from redvtp.flags import BadInput
 from redvtp.local import Request
-from redvtp.models.config import LladaVConfig, load_config
+from redvtp.models.config import DvlmConfig, load_config
 from redvtp.models.loading import check_weight_files
 from redvtp.prompt import load_tokenizer, special_tokens
 from redvtp.trace import Trace, trace_of_report
@@ -37,7 +37,7 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
     with refusing():
         # vLLM would refuse these too, seconds later and in other words.
         config = load_config(options.model)
-        special_tokens(load_tokenizer(options.model))
+        special_tokens(load_tokenizer(options.model), config)
         check_weight_files(options.model)
     if options.progress:
         print("starting vLLM ...", file=sys.stderr, flush=True)
@@ -53,7 +53,7 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
     return _trace(options.model, request, output)
 
 
-def _start(options: EngineOptions, config: LladaVConfig) -> LLM:
+def _start(options: EngineOptions, config: DvlmConfig) -> LLM:
     from vllm import LLM
 
     from vllm_redvtp import register

@@ -103,7 +103,8 @@ def build_params(
         # Tensor-parallel ranks draw each for themselves, so every request has a seed that they agree on.
         seed=sampling.seed if sampling.seed is not None else zlib.crc32(request_id.encode()),
         stop=tuple(sampling.stop or ()),
-        ignore_eos=sampling.ignore_eos,
+        # What stands behind an end token in a draft was asked for.
+        ignore_eos=sampling.ignore_eos or bool(values.get("draft")),
     )
     return RequestParams(_bend(denoising, bending), pruning, report)
 

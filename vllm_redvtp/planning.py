@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
 
+from redvtp.denoising.draft import draft_tokens
 from redvtp.params import DenoisingParams
 from redvtp.prompt import special_tokens
-from vllm_redvtp.params import PREFIX, RequestParams, build_params, canvas_length, server_defaults
+from vllm_redvtp.config import engine_config
+from vllm_redvtp.params import PREFIX, RequestParams, build_params, canvas_length, knob_values, server_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RequestPlan:
-    """params with the canvas resolved; stop strings and suffix as token ids.
+    """params with the canvas resolved; stop strings, suffix and draft as token ids.
 
     prompt_tokens: visual tokens included. kv_tokens: blocks for so many tokens are taken at admission.
     """
@@ -32,6 +34,7 @@ class RequestPlan:
     stop_ids: tuple[tuple[int, ...], ...]
     suffix_ids: tuple[int, ...]
     prompt_tokens: int
+    draft_ids: tuple[int, ...] = ()
 
     @property
     def denoising(self) -> DenoisingParams:
@@ -46,7 +49,7 @@ class RequestPlanner:
     """Plans requests for one server configuration."""
 
     def __init__(self, vllm_config: VllmConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.special = special_tokens(tokenizer)
+        self.special = special_tokens(tokenizer, engine_config(vllm_config.model_config))
         self._tokenizer = tokenizer
         self._defaults = server_defaults(vllm_config)
         self._max_model_len: int = vllm_config.model_config.max_model_len
@@ -63,13 +66,22 @@ class RequestPlanner:
         if asked is None and sampling.max_tokens != room:
             asked = sampling.max_tokens
         gen_length = canvas_length(asked, sampling, self._defaults, room)
-        params = build_params(sampling, gen_length, self._defaults, request_id)
+        draft_ids = self._draft(sampling, None if asked is None else gen_length)
+        params = build_params(sampling, len(draft_ids) or gen_length, self._defaults, request_id)
         return RequestPlan(
             params,
             stop_ids=tuple(self._encode(stop) for stop in params.denoising.stop),
             suffix_ids=self._encode(params.denoising.suffix),
             prompt_tokens=prompt_tokens,
+            draft_ids=draft_ids,
         )
+
+    def _draft(self, sampling: SamplingParams, limit: int | None) -> tuple[int, ...]:
+        """The canvas of a request with a draft is the draft, of any length where the client named no limit."""
+        draft = knob_values(sampling.extra_args).get("draft", self._defaults.get("draft", ""))
+        # Judged before it is tokenised.
+        draft = DenoisingParams(draft=draft).draft
+        return draft_tokens(self._tokenizer, draft, self.special.mask_id, limit) if draft else ()
 
     def check_fits(self, plan: RequestPlan, visual_tokens: int) -> None:
         """Raises ValueError for a request longer than the model allows.

@@ -24,11 +24,11 @@ from vllm.multimodal.processing.processor import (
     PromptUpdate,
 )
 
-from redvtp.models.config import LladaVConfig
+from redvtp.models.config import DvlmConfig
 from redvtp.prompt import IMAGE_MARK, SpecialTokens, build_prompt_tokens, special_tokens, split_prompt
 from redvtp.vision.merge import visual_token_count
 from redvtp.vision.tiling import ImageMode, image_mode, tile_image
-from vllm_redvtp.config import llada_v_config
+from vllm_redvtp.config import engine_config
 
 
 def decode_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -39,16 +39,16 @@ def decode_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
     return text
 
 
-class LladaVProcessingInfo(BaseProcessingInfo):
-    """What vLLM asks about a model's inputs. LLaDA-V has no Hugging Face processor class, and needs none."""
+class DvlmProcessingInfo(BaseProcessingInfo):
+    """What vLLM asks about a model's inputs. Our models have no Hugging Face processor class, and need none."""
 
     @cached_property
-    def config(self) -> LladaVConfig:
-        return llada_v_config(self.ctx.model_config)
+    def config(self) -> DvlmConfig:
+        return engine_config(self.ctx.model_config)
 
     @cached_property
     def special(self) -> SpecialTokens:
-        return special_tokens(cast(Any, self.get_tokenizer()))
+        return special_tokens(cast(Any, self.get_tokenizer()), self.config)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
@@ -63,10 +63,10 @@ class LladaVProcessingInfo(BaseProcessingInfo):
         return max(sizes, key=lambda size: self.visual_tokens(size[0], size[1], mode))
 
     def visual_tokens(self, width: int, height: int, mode: ImageMode) -> int:
-        return visual_token_count(width, height, self.config, mode.mode, mode.newline)
+        return visual_token_count(width, height, self.config, mode)
 
 
-class LladaVDummyInputs(BaseDummyInputsBuilder[LladaVProcessingInfo]):
+class DvlmDummyInputs(BaseDummyInputsBuilder[DvlmProcessingInfo]):
     """The worst case vLLM warms the processor up with."""
 
     def get_dummy_text(self, mm_counts: Mapping[str, int]) -> str:
@@ -78,12 +78,12 @@ class LladaVDummyInputs(BaseDummyInputsBuilder[LladaVProcessingInfo]):
         return {"image": self._get_dummy_images(width=width, height=height, num_images=count)}
 
 
-class LladaVProcessor(BaseMultiModalProcessor[LladaVProcessingInfo]):
+class DvlmProcessor(BaseMultiModalProcessor[DvlmProcessingInfo]):
     """Images to tiles, prompt to tokens. All errors are ValueErrors that vLLM answers with HTTP 400."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         if hf_kwargs:
-            raise ValueError(f"mm_processor_kwargs are not supported by LLaDA-V, got {', '.join(sorted(hf_kwargs))}")
+            raise ValueError(f"mm_processor_kwargs are not supported, got {', '.join(sorted(hf_kwargs))}")
         images = [_pil_image(image) for image in hf_data.get("images", ())]
         mode = image_mode(self.info.config, len(images))
         tiles = [tile_image(image, self.info.config, mode.mode) for image in images]

@@ -9,7 +9,7 @@ import torch
 
 from redvtp.kv.blocks import blocks_needed
 from redvtp.kv.cache import PagedKVCache
-from redvtp.models.llada_v import LladaV
+from redvtp.models.dvlm import Dvlm
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
 from redvtp.runner import DenoisingRunner
@@ -25,10 +25,10 @@ _GEN_LENGTH = 512
 
 @torch.inference_mode()
 def profile_largest_step(
-    model: LladaV,
+    model: Dvlm,
     vllm_config: VllmConfig,
     special: SpecialTokens,
-    make_engine: Callable[[LladaV, PagedKVCache], DenoisingRunner],
+    make_engine: Callable[[Dvlm, PagedKVCache], DenoisingRunner],
 ) -> None:
     """Encode one image with the most tiles, then a first (scoring) step that fills the token budget."""
     config = model.config
@@ -63,7 +63,7 @@ def profile_largest_step(
     make_engine(model, cache).step(batch)
 
 
-def _one_layer_cache(model: LladaV, vllm_config: VllmConfig, num_blocks: int) -> PagedKVCache:
+def _one_layer_cache(model: Dvlm, vllm_config: VllmConfig, num_blocks: int) -> PagedKVCache:
     """Pages every layer shares: what is measured must not contain a KV cache of the real size."""
     config = model.config
     heads = config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size

@@ -1,4 +1,4 @@
-"""The front-end's last look at a request: LLaDA-V's chat template, and everything that must be a 400 before the engine.
+"""The front-end's last look at a request: the chat template, and everything that must be a 400 before the engine.
 
 vLLM clamps max_tokens to what is left of the context; for a canvas that would silently change the answer. The
 renderer knows what the client asked for and how long the prompt became, so it attaches a check to the rendered
@@ -19,6 +19,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
 
 from redvtp.prompt import split_prompt
+from vllm_redvtp.config import engine_config
 from vllm_redvtp.params import PREFIX
 from vllm_redvtp.planning import RequestPlanner
 from vllm_redvtp.processing import decode_prompt
@@ -28,31 +29,39 @@ if TYPE_CHECKING:
     from vllm.renderers.params import ChatParams, TokenizeParams
 
 CHECK = "redvtp_check"
-CHAT_TEMPLATE = Path(__file__).parent / "templates" / "llada_v.jinja"
+TEMPLATES = Path(__file__).parent / "templates"
 _MARK = "_redvtp_request_check"
 
 
-@lru_cache(maxsize=1)
-def default_chat_template() -> str:
-    """LLaDA-V's conversation, with its default system message where a conversation has none."""
-    return CHAT_TEMPLATE.read_text(encoding="utf-8")
+@lru_cache
+def default_chat_template(name: str) -> str:
+    """A family's conversation, with its default system message where a conversation has none. name: see `Family`."""
+    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 class DiffusionRenderer(HfRenderer):
-    """vLLM's Hugging Face renderer for LLaDA-V."""
+    """vLLM's Hugging Face renderer, with our template and our checks."""
 
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         self._planner = RequestPlanner(config, self.get_tokenizer())
+        self._template = default_chat_template(engine_config(config.model_config).family.template)
         install_request_check()
 
     def render_messages(self, messages: Any, params: ChatParams) -> Any:
         with _image_errors():
-            return super().render_messages(messages, _with_template(params))
+            return super().render_messages(messages, self._with_template(params))
 
     async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
         with _image_errors():
-            return await super().render_messages_async(messages, _with_template(params))
+            return await super().render_messages_async(messages, self._with_template(params))
+
+    def _with_template(self, params: ChatParams) -> ChatParams:
+        """Ours, unless the operator (--chat-template) or the client chose one.
+
+        The template in LLaDA's tokenizers is not used: it lacks the system message the models were trained with.
+        """
+        return params if params.chat_template is not None else replace(params, chat_template=self._template)
 
     def _process_singleton(
         self, prompt: Any, *, skip_mm_cache: bool = False, tok_params: TokenizeParams | None = None
@@ -94,7 +103,7 @@ class DiffusionRenderer(HfRenderer):
         asked = sampling.max_tokens
         self._check(prompt_tokens, visual_tokens, sampling)
         plan = self._planner.plan(sampling, prompt_tokens)
-        if asked is not None and asked > plan.denoising.gen_length:
+        if asked is not None and asked > plan.denoising.gen_length and not plan.draft_ids:
             raise VLLMValidationError(
                 f"max_tokens {asked} is all that is left of the context, which vLLM cannot tell from leaving it out; "
                 f"pass extra_args {{'{PREFIX}gen_length': {asked}}} instead",
@@ -123,14 +132,6 @@ def install_request_check() -> None:
 
     setattr(validate_request, _MARK, True)
     platform.validate_request = classmethod(validate_request)  # type: ignore[method-assign, assignment]
-
-
-def _with_template(params: ChatParams) -> ChatParams:
-    """Ours, unless the operator (--chat-template) or the client chose one.
-
-    The template in LLaDA-V's tokenizer is not used: it lacks the system message the model was trained with.
-    """
-    return params if params.chat_template is not None else replace(params, chat_template=default_chat_template())
 
 
 class _image_errors:

@@ -19,11 +19,11 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from redvtp.models.llada_v import LladaV
+from redvtp.models.dvlm import Dvlm
 from redvtp.runner import DenoisingRunner
 from redvtp.sequence import Sequence, StepReport
 from redvtp.vision.tiling import image_mode
-from vllm_redvtp.config import llada_v_config
+from vllm_redvtp.config import engine_config
 from vllm_redvtp.kv_cache import allocate_kv_cache, kv_cache_spec
 from vllm_redvtp.output import DenoisingOutput
 from vllm_redvtp.planning import RequestPlanner
@@ -44,9 +44,9 @@ class DiffusionModelRunner:
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.vllm_config = vllm_config
         self.device = device
-        self.config = llada_v_config(vllm_config.model_config)
+        self.config = engine_config(vllm_config.model_config)
         self.planner = RequestPlanner(vllm_config, cached_tokenizer_from_config(vllm_config.model_config))
-        self.model: LladaV
+        self.model: Dvlm
         self.model_memory_usage = 0
         self.sequences: dict[str, Sequence] = {}
         self._engine: DenoisingRunner
@@ -131,9 +131,11 @@ class DiffusionModelRunner:
             plan.denoising,
             plan.params.pruning,
             self.planner.special,
+            self.config.family.shifted_logits,
             stop_ids=plan.stop_ids,
             suffix_ids=plan.suffix_ids,
             block_table=list(request.block_ids[0]),
+            draft_ids=plan.draft_ids,
             committed=tuple((request.prefill_token_ids or prompt)[len(prompt) :]),
         )
 
@@ -157,14 +159,14 @@ class DiffusionModelRunner:
             return found
         return {report.request_id: report for report in reports}
 
-    def _make_engine(self, model: LladaV, cache: Any) -> DenoisingRunner:
+    def _make_engine(self, model: Dvlm, cache: Any) -> DenoisingRunner:
         # Each rank has its own heads; all must choose the same visual tokens.
         reduce = tensor_model_parallel_all_reduce if get_tensor_model_parallel_world_size() > 1 else None
         return DenoisingRunner(model, cache, self.planner.special, reduce_scores=reduce)
 
     # Asked for by vLLM's workers; nothing to do here.
 
-    def get_model(self) -> LladaV:
+    def get_model(self) -> Dvlm:
         return self.model
 
     def get_draft_model(self) -> None: ...

@@ -86,9 +86,14 @@ class DiffusionScheduler(Scheduler):
         self._planner.check_fits(plan, state.visual_tokens)
         self._planner.settle(sampling, plan.denoising.gen_length)
         request.max_tokens = plan.denoising.gen_length
+        if plan.draft_ids:
+            # vLLM has entered the model's end tokens before anybody knew of the draft, which they do not end.
+            sampling._eos_token_id = None
+            kept = set(sampling.stop_token_ids or ()) - set(self._planner.special.end_ids)
+            sampling.stop_token_ids = sorted(kept)
         if not plan.denoising.ignore_eos:
             # vLLM itself knows one end token, LLaDA has two.
-            ends = {self._planner.special.eos_id, self._planner.special.eot_id} - {sampling.eos_token_id}
+            ends = set(self._planner.special.end_ids) - {sampling.eos_token_id}
             sampling.stop_token_ids = [*(sampling.stop_token_ids or []), *sorted(ends)]
         return state
 

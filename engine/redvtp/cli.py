@@ -125,13 +125,15 @@ def _prepare(options: argparse.Namespace) -> tuple[Request, EngineOptions]:
         )
         # torch and transformers take seconds to import: only once the flags are known to be good.
         from redvtp.local import Request
+        from redvtp.models.config import load_config
         from redvtp.prompt import chat_prompt, load_tokenizer
         from redvtp.vision.images import open_image
 
         images = tuple(open_image(path) for path in options.image)
         prompt: str = options.prompt
         if not options.raw_prompt:
-            prompt = chat_prompt(load_tokenizer(options.model), prompt, num_images=len(images))
+            template = load_config(options.model).family.template
+            prompt = chat_prompt(load_tokenizer(options.model), prompt, len(images), template=template)
         return Request(prompt, images, denoising, pruning), engine_options
 
 

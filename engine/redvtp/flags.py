@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from redvtp.params import CACHES, POSITIONS, PRESETS, REMASKINGS, DenoisingParams, PruningParams
+from redvtp.params import CACHES, POSITIONS, PRESETS, REMASKINGS, SCHEDULES, DenoisingParams, PruningParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Part of the command's interface for other models. Refused by name, so that nobody wonders whether they took effect.
-NOT_YET = ("threshold", "schedule_shift")
+# In the command's interface, but not written yet. Refused by name, so that nobody wonders whether it took effect.
+NOT_YET = ("threshold",)
 
 
 class BadInput(Exception):
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     generate = commands.add_parser(
         "generate",
         help="answer a question about images, or one without",
-        description="Answers a question about images (or about none) with a LLaDA-V checkpoint and prints the answer.",
+        description="Answers a question about images (or about none) with a diffusion vision-language model.",
     )
     generate.add_argument("model", metavar="MODEL", help="checkpoint folder, in the layout it was published in")
     for add_flags in (_request_flags, denoising_flags, _pruning_flags, engine_flags, _output_flags):
@@ -67,9 +67,7 @@ def denoising_of(options: argparse.Namespace, **instead: object) -> DenoisingPar
     """The denoising flags alone; `instead` overrides some of them. Raises as `params_of` does."""
     for name in NOT_YET:
         if getattr(options, name) is not None:
-            raise BadInput(f"--{name.replace('_', '-')} is not supported for LLaDA-V; leave it out")
-    if options.schedule != "even":
-        raise BadInput(f"--schedule must be even, the only one for LLaDA-V, got {options.schedule!r}")
+            raise BadInput(f"--{name.replace('_', '-')} is not supported yet; leave it out")
     given = vars(options) | {"stop": tuple(options.stop)} | instead
     return DenoisingParams(**{field.name: given[field.name] for field in fields(DenoisingParams)})
 
@@ -165,14 +163,21 @@ def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False) -> 
     length("steps", "denoising steps in all", "half the canvas length")
     knob("temperature", "T", "noise on the choice of tokens; 0 is greedy")
     knob("seed", "S", "makes temperature and random remasking repeatable")
-    remasking = f"which tokens a step decides, {' or '.join(REMASKINGS)} (default %(default)s)"
+    remasking = f"which tokens a step decides: {', '.join(REMASKINGS)} (default %(default)s)"
     add("--remasking", default=usual["remasking"], metavar="NAME", help=remasking)
     stop = "strings that end the answer; they are not part of it"
     add("--stop", nargs="+", action="extend", default=[], metavar="STR", help=stop)
     add("--ignore-eos", action="store_true", help="go on after the model's end tokens")
     add("--suffix", default=usual["suffix"], metavar="TEXT", help="text behind the canvas, seen at every step")
-    add("--schedule", default="even", metavar="NAME", help="how the tokens spread over the steps: even")
-    cache = f"{' or '.join(CACHES)}: recompute the prompt at every step, or keep its keys and values"
+    if for_many:
+        parser.set_defaults(draft=usual["draft"])
+    else:
+        draft = "the answer with a <mask> for each token to fill in"
+        add("--draft", default=usual["draft"], metavar="TEXT", help=draft)
+    spread = f"how a block's tokens spread over its steps: {', '.join(SCHEDULES)} (default %(default)s)"
+    add("--schedule", default=usual["schedule"], metavar="NAME", help=spread)
+    knob("schedule-shift", "F", "of --schedule shift: above 1 most tokens are decided late, below 1 early")
+    cache = f"{', '.join(CACHES)}: what happens to the keys and values of the prompt"
     cache += "; several with commas" if for_many else ""
     add(
         "--cache", default=usual["cache"], metavar="LIST" if for_many else "NAME", help=f"{cache} (default %(default)s)"

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from redvtp.models.config import LladaVConfig
+from redvtp.models.config import DvlmConfig
 from redvtp.trace import survivors
 from redvtp.vision.merge import visual_token_boxes
 from redvtp.vision.tiling import image_mode
@@ -35,7 +35,7 @@ _GAP = 8
 
 
 def draw(
-    images: Sequence[Image.Image], config: LladaVConfig, importance: Sequence[float], kept: Sequence[int]
+    images: Sequence[Image.Image], config: DvlmConfig, importance: Sequence[float], kept: Sequence[int]
 ) -> Image.Image:
     """The images of one request side by side, each in its own size.
 
@@ -43,7 +43,7 @@ def draw(
     Raises ValueError when the scores are not those of these images.
     """
     mode = image_mode(config, len(images))
-    boxes = [visual_token_boxes(*image.size, config, mode.mode, mode.newline) for image in images]
+    boxes = [visual_token_boxes(*image.size, config, mode) for image in images]
     total = sum(len(part) for part in boxes)
     if total != len(importance):
         raise ValueError(
@@ -52,8 +52,8 @@ def draw(
     scores = _stretch(np.asarray(importance, dtype=np.float32))
     stays = np.zeros(total, dtype=bool)
     stays[list(kept)] = True
-    # In "anyres" the first side x side tokens of an image are its coarse tile.
-    coarse = config.tower.side**2 if mode.mode == "anyres" else 0
+    # In "anyres" the first tokens of an image are its coarse tile.
+    coarse = mode.tile_side(config) ** 2 if mode.mode == "anyres" else 0
     panels = []
     first = 0
     for image, part in zip(images, boxes, strict=True):
@@ -63,7 +63,7 @@ def draw(
     return _side_by_side(panels)
 
 
-def draw_saved(images: Sequence[Image.Image], config: LladaVConfig, saved: Mapping[str, Any]) -> Image.Image:
+def draw_saved(images: Sequence[Image.Image], config: DvlmConfig, saved: Mapping[str, Any]) -> Image.Image:
     """The same from a stored trace, or from an API response that was asked for with `"redvtp_report": "full"`.
 
     Raises ValueError when there is no pruning in it.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ import torch
 from PIL.Image import Image
 from tqdm import tqdm
 
+from redvtp.denoising.draft import lay_out
 from redvtp.kv.blocks import BlockPool, blocks_needed
 from redvtp.kv.cache import PagedKVCache
-from redvtp.models.config import LladaVConfig, load_config
-from redvtp.models.llada_v import LladaV
+from redvtp.models.config import DvlmConfig, load_config
+from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
@@ -101,11 +102,11 @@ class LocalEngine:
         max_num_seqs: int = 8,
         config_overrides: Mapping[str, Any] | None = None,
     ) -> None:
-        self.config: LladaVConfig = load_config(model, config_overrides)
+        self.config: DvlmConfig = load_config(model, config_overrides)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _torch_dtype(self.config.torch_dtype if dtype == "auto" else dtype)
         self.tokenizer = load_tokenizer(model)
-        self.special = special_tokens(self.tokenizer)
+        self.special = special_tokens(self.tokenizer, self.config)
         self.model = _load_model(Path(model), self.config, self.dtype, self.device)
         self.max_model_len = max_model_len or self.config.max_length
         self.max_num_seqs = max_num_seqs
@@ -139,16 +140,17 @@ class LocalEngine:
     def tokenize(self, request: Request) -> PromptTokens:
         """The prompt as tokens. Raises ValueError when it cannot be served: marks, image sizes, length."""
         mode = image_mode(self.config, len(request.images))
-        counts = [visual_token_count(*image.size, self.config, mode.mode, mode.newline) for image in request.images]
+        counts = [visual_token_count(*image.size, self.config, mode) for image in request.images]
         pieces = split_prompt(self.tokenizer, request.prompt, len(request.images))
         prompt = build_prompt_tokens(pieces, counts, self.special.placeholder_id)
         if not prompt.ids:
             raise ValueError("the prompt is empty; give the model at least one token")
-        extra = request.denoising.gen_length + len(self._encode(request.denoising.suffix))
+        denoising, _ = self._lay_out(request)
+        extra = denoising.gen_length + len(self._encode(denoising.suffix))
         if len(prompt.ids) + extra > self.max_model_len:
             raise ValueError(
                 f"prompt ({len(prompt.ids):,} tokens, {sum(counts):,} of them visual) plus gen_length "
-                f"{request.denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use "
+                f"{denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use "
                 f"a smaller image"
             )
         if blocks_needed(len(prompt.ids) + extra, self.cache.block_size) > self.cache.num_blocks:
@@ -163,6 +165,7 @@ class LocalEngine:
         self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str = ""
     ) -> Sequence:
         """A sequence ready for its first step; runs the vision tower."""
+        denoising, draft_ids = self._lay_out(request)
         mode = image_mode(self.config, len(request.images))
         pixels = [tile_image(image, self.config, mode.mode) for image in request.images]
         visual = self.model.encode_images(pixels, [image.size for image in request.images], mode)
@@ -171,16 +174,19 @@ class LocalEngine:
             request_id,
             self.model.embed_prompt(ids, prompt.visual_spans, visual),
             prompt.visual_spans,
-            request.denoising,
+            denoising,
             request.pruning,
             self.special,
-            stop_ids=tuple(tuple(self._encode(stop)) for stop in request.denoising.stop),
-            suffix_ids=tuple(self._encode(request.denoising.suffix)),
+            self.config.family.shifted_logits,
+            stop_ids=tuple(tuple(self._encode(stop)) for stop in denoising.stop),
+            suffix_ids=tuple(self._encode(denoising.suffix)),
             block_table=block_table,
+            draft_ids=draft_ids,
         )
 
     def _generation(self, request: Request) -> tuple[Generation, PromptTokens]:
         prompt = self.tokenize(request)
+        request = replace(request, denoising=self._lay_out(request)[0])
         return Generation(request, len(prompt.ids), prompt.visual_spans), prompt
 
     def _run(self, requests: Iterator[tuple[Generation, PromptTokens]]) -> Iterator[tuple[int, list[_Running]]]:
@@ -204,6 +210,9 @@ class LocalEngine:
         finally:
             for entry in running:
                 self.blocks.free(entry.blocks)
+
+    def _lay_out(self, request: Request) -> tuple[DenoisingParams, tuple[int, ...]]:
+        return lay_out(self.tokenizer, request.denoising, self.special.mask_id)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
@@ -268,10 +277,10 @@ def _torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _load_model(path: Path, config: LladaVConfig, dtype: torch.dtype, device: torch.device) -> LladaV:
+def _load_model(path: Path, config: DvlmConfig, dtype: torch.dtype, device: torch.device) -> Dvlm:
     # On the meta device first: an 8B model must not be initialised with random numbers only to be overwritten.
     with torch.device("meta"):
-        model = LladaV(config)
+        model = Dvlm(config)
     model = model.to(dtype).to_empty(device=device)
     load_weights(model, checkpoint_weights(path))
     return model.eval().requires_grad_(False)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-CACHES = ("none", "prefix")
-REMASKINGS = ("low_confidence", "random")
+CACHES = ("none", "prefix", "prefix_lm")
+REMASKINGS = ("low_confidence", "entropy", "margin", "random")
+SCHEDULES = ("even", "linear", "shift", "cosine", "logit_normal", "dream")
 PRESETS = ("redvtp", "random", "uniform", "none")
 POSITIONS = ("compact", "original")
 
+# One of these in a draft is one token to fill in.
+MASK_MARK = "<mask>"
 DEFAULT_BLOCK_LENGTH = 32
 # A canvas above this is a typing error, not a wish: one tensor row for each token is laid out at once.
 MAX_GEN_LENGTH = 1 << 16
@@ -36,8 +39,8 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DenoisingParams:
-    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; cache: the Fast-dLLM prefix cache, arXiv
-    2505.22618).
+    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; `prefix`: the Fast-dLLM prefix cache, arXiv
+    2505.22618; schedules, confidences and `prefix_lm`: LaViDa, arXiv 2505.16839).
 
     gen_length: canvas length in tokens.
     block_length: canvas positions decoded together; None is min(32, gen_length). The last canvas block may be shorter.
@@ -45,11 +48,18 @@ class DenoisingParams:
     block.
     temperature: of the Gumbel noise on the logits; 0 is greedy.
     seed: of that noise and of `random` remasking; None draws a new one for each request.
-    remasking: which candidates a step commits: those with the highest confidence, or random ones.
+    schedule: how a block's tokens spread over its steps: `even`, one of LaViDa's curves (`linear`, `shift`, `cosine`,
+    `logit_normal`), or `dream`, by Dream's time steps.
+    schedule_shift: of `shift`; above 1 most tokens are decided late, below 1 early.
+    remasking: which candidates a step commits: those with the highest probability (`low_confidence`), the lowest
+    `entropy`, the largest `margin` between the two best tokens, or `random` ones.
     stop: strings that end the answer wherever they appear on the canvas; not part of it.
     suffix: text after the canvas, seen by every step, never overwritten, returned after the answer.
+    draft: the answer with a `<mask>` for every token that is to be filled in; the rest of it never changes. The canvas
+    is then as long as the draft, which gen_length only limits, and the model's end tokens do not end it.
     ignore_eos: the model's end tokens do not end the answer.
-    cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks.
+    cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks;
+    `prefix_lm` computes the prompt once, without the canvas in its view, and after that only the canvas.
     refresh_interval: with `prefix`, every so many steps of a canvas block everything is recomputed.
 
     Raises ValueError naming the knob, the value and what is allowed.
@@ -60,9 +70,12 @@ class DenoisingParams:
     steps: int | None = None
     temperature: float = 0.0
     seed: int | None = None
+    schedule: str = "even"
+    schedule_shift: float = 3.0
     remasking: str = "low_confidence"
     stop: tuple[str, ...] = ()
     suffix: str = ""
+    draft: str = ""
     ignore_eos: bool = False
     cache: str = "none"
     refresh_interval: int = 32
@@ -82,11 +95,16 @@ class DenoisingParams:
             raise ValueError(f"temperature must be a number >= 0, got {self.temperature!r}")
         if self.seed is not None:
             _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        if not _is_number(self.schedule_shift) or self.schedule_shift <= 0:
+            raise ValueError(f"schedule_shift must be a number > 0, got {self.schedule_shift!r}")
         _one_of("remasking", self.remasking, REMASKINGS)
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
         if not isinstance(self.suffix, str):
             raise ValueError(f"suffix must be a string, got {self.suffix!r}")
+        if not isinstance(self.draft, str) or (self.draft and MASK_MARK not in self.draft):
+            raise ValueError(f"draft must be text with at least one {MASK_MARK} to fill in, got {self.draft!r}")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
         _one_of("cache", self.cache, CACHES)

@@ -1,4 +1,4 @@
-"""From a question to prompt tokens: the LLaDA-V template, the split at `<image>` marks, and where visual tokens stand.
+"""From a question to prompt tokens: the chat templates, the split at `<image>` marks, and where visual tokens stand.
 
 The engine, the command and the vLLM processor all build prompts here, so a prompt is the same tokens whichever way it
 comes in.
@@ -8,12 +8,14 @@ ids as the image will have visual tokens are put between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from redvtp.models.config import DvlmConfig
 
 IMAGE_MARK = "<image>"
 DEFAULT_SYSTEM = (
@@ -31,17 +33,23 @@ END_HEADER = "<|end_header_id|>"
 PLACEHOLDER = "<|reserved_token_0|>"
 
 
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+# The same for checkpoints of the Qwen kind; tokenizers of tiny test checkpoints may have the other one instead.
+IMAGE_PAD = "<|image_pad|>"
+
+
 @dataclass(frozen=True, slots=True)
 class SpecialTokens:
-    """Ids with a meaning for denoising, found by their text so any LLaDA tokenizer works.
+    """Ids with a meaning for denoising.
 
-    suppressed: ids never chosen at a masked position. vocab: len(tokenizer); larger ids have weights but no token.
+    end_ids: tokens that end an answer unless a request ignores them. suppressed: ids never chosen at a masked position.
+    placeholder_id: marks slots that visual embeddings fill. vocab: len(tokenizer); larger ids have weights but no
+    token.
     """
 
     mask_id: int
-    bos_id: int
-    eos_id: int
-    eot_id: int
+    end_ids: tuple[int, ...]
     placeholder_id: int
     suppressed: tuple[int, ...]
     vocab: int
@@ -73,33 +81,64 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
-    """Looks LLaDA's special tokens up. Raises ValueError naming those the tokenizer does not have as single tokens."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase, config: DvlmConfig) -> SpecialTokens:
+    """By their text in a LLaDA tokenizer, by `config.json` for Dream. Raises ValueError naming what is missing."""
     vocab = tokenizer.get_vocab()
+    find = _dream_tokens if config.family.template == "chatml" else _llada_tokens
+    return find(vocab, config, len(tokenizer))
+
+
+def _llada_tokens(vocab: Mapping[str, int], config: DvlmConfig, size: int) -> SpecialTokens:
     wanted = (BOS, EOS, EOT, MASK, START_HEADER, END_HEADER, PLACEHOLDER)
     missing = [text for text in wanted if text not in vocab]
     if missing:
-        raise ValueError(f"the tokenizer lacks {len(missing)} special tokens of LLaDA-V: {', '.join(missing)}")
+        raise ValueError(
+            f"the tokenizer lacks {len(missing)} special tokens of {config.family.name}: {', '.join(missing)}"
+        )
+    # The mask and <|eot_id|> are left out on purpose: the reference lets the model choose them.
+    suppressed = (BOS, EOS, START_HEADER, END_HEADER) if config.family.suppresses else ()
     return SpecialTokens(
         mask_id=vocab[MASK],
-        bos_id=vocab[BOS],
-        eos_id=vocab[EOS],
-        eot_id=vocab[EOT],
+        end_ids=(vocab[EOS], vocab[EOT]),
         placeholder_id=vocab[PLACEHOLDER],
-        # The mask and <|eot_id|> are left out on purpose: the reference lets the model choose them.
-        suppressed=tuple(vocab[text] for text in (BOS, EOS, START_HEADER, END_HEADER)),
-        vocab=len(tokenizer),
+        suppressed=tuple(vocab[text] for text in suppressed),
+        vocab=size,
+    )
+
+
+def _dream_tokens(vocab: Mapping[str, int], config: DvlmConfig, size: int) -> SpecialTokens:
+    def known(key: str, token: int | None) -> int:
+        if token is None or not 0 <= token < size:
+            raise ValueError(f"config.json must have a {key} that the tokenizer has (of {size} tokens), got {token!r}")
+        return token
+
+    placeholders = [vocab[text] for text in (IMAGE_PAD, PLACEHOLDER) if text in vocab]
+    if not placeholders:
+        raise ValueError(f"the tokenizer has neither {IMAGE_PAD} nor {PLACEHOLDER}, to stand where visual tokens go")
+    return SpecialTokens(
+        mask_id=known("mask_token_id", config.mask_token_id),
+        end_ids=(known("eos_token_id", config.eos_token_id), *(vocab[text] for text in (IM_END,) if text in vocab)),
+        placeholder_id=placeholders[0],
+        suppressed=(),
+        vocab=size,
     )
 
 
 def chat_prompt(
-    tokenizer: PreTrainedTokenizerBase, question: str, num_images: int, system: str | None = DEFAULT_SYSTEM
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    num_images: int,
+    system: str | None = DEFAULT_SYSTEM,
+    template: str = "llada",
 ) -> str:
-    """One user turn in the LLaDA-V template, images first; `system` None leaves the system turn out."""
+    """One user turn, images first; `system` None leaves the system turn out. template: the family's, see `Family`."""
     marks = " ".join([IMAGE_MARK] * num_images)
     user = f"{marks}\n{question}" if num_images else question
     turns = [("system", system)] if system is not None else []
     turns.append(("user", user))
+    if template == "chatml":
+        text = "".join(f"{IM_START}{role}\n{content.strip()}{IM_END}\n" for role, content in turns)
+        return f"{text}{IM_START}assistant\n"
     text = "".join(f"{START_HEADER}{role}{END_HEADER}\n\n{content.strip()}{EOT}" for role, content in turns)
     return f"{tokenizer.bos_token or BOS}{text}{START_HEADER}assistant{END_HEADER}\n\n"
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from redvtp.attention.batch import Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
-from redvtp.denoising.remasking import propose, random_confidence, select, suppress
+from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of
 from redvtp.kv.cache import PagedKVCache
 from redvtp.kv.compaction import compact, plan_compaction
-from redvtp.models.llada_v import LladaV
+from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
 from redvtp.pruning.scores import AttentionScores, masked_row_importance
@@ -37,9 +37,13 @@ class PackedStep:
     segments: list[Segment]
     plans: list[StepPlan]
 
-    def canvas_start(self, index: int, sequence: Sequence) -> int:
-        """Packed row of canvas position 0 (virtual where a response step starts in a later block)."""
-        return self.segments[index].end - sequence.suffix_ids.numel() - sequence.gen_length
+    def logit_rows(self, index: int, sequence: Sequence, canvas_rows: Tensor) -> Tensor:
+        """Packed rows whose logits are about canvas_rows [rows] of sequence `index`; they lie at or after its plan's
+        `start`."""
+        segment = self.segments[index]
+        rows = segment.end - sequence.suffix_ids.numel() - sequence.gen_length + canvas_rows
+        # The very first row of a canvas that is computed without the prompt has nobody before it but itself.
+        return (rows - int(sequence.shifted_logits)).clamp(min=segment.start)
 
 
 class DenoisingRunner:
@@ -52,7 +56,7 @@ class DenoisingRunner:
 
     def __init__(
         self,
-        model: LladaV,
+        model: Dvlm,
         cache: PagedKVCache,
         special: SpecialTokens,
         reduce_scores: Callable[[Tensor], Tensor] | None = None,
@@ -66,38 +70,25 @@ class DenoisingRunner:
     @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
         """One denoising step of every sequence. Returns a report for each, in order."""
-        packed = self.forward(batch)
-        masked_before = [sequence.canvas.masked() for sequence in batch]
+        plans = [sequence.next_step() for sequence in batch]
         positions = [(sequence.canvas.block, sequence.steps_done) for sequence in batch]
-        pruning_due = [sequence.prunes_next() for sequence in batch]
-        committed = self._commit(batch, packed)
+        held = [blocks_needed(sequence.total_length, self.cache.block_size) for sequence in batch]
+        self.encode_prompts([sequence for sequence in batch if sequence.encodes_prompt_next()])
+        # An end token right behind the prompt leaves nothing to denoise.
+        prunings = self._denoise([sequence for sequence in batch if not sequence.finished])
         reports = []
-        for index, sequence in enumerate(batch):
-            undecided = masked_before[index]
-            # A committed row is decided even if the model proposed the mask id for it (as in the reference).
-            still_masked = undecided.index_fill(0, committed[index], False)[undecided]
-            held = blocks_needed(sequence.total_length, self.cache.block_size)
-            pruning = None
-            # With nothing left to decide there is nothing to prune for.
-            if bool(still_masked.any()):
-                step = positions[index][1]
-                importance = self._importance(packed.segments[index].scores, still_masked)
-                if importance is not None and self.observe is not None:
-                    self.observe(sequence, step, importance)
-                if pruning_due[index]:
-                    pruning = self._prune(sequence, importance, step)
+        for sequence, plan, (block, step), before in zip(batch, plans, positions, held, strict=True):
             blocks = blocks_needed(sequence.total_length, self.cache.block_size)
-            plan = packed.plans[index]
             reports.append(
                 StepReport(
                     request_id=sequence.request_id,
-                    step=positions[index][1],
-                    canvas_block=positions[index][0],
+                    step=step,
+                    canvas_block=block,
                     kind=plan.kind,
                     tokens_computed=plan.tokens_computed,
                     kv_tokens=sequence.total_length,
                     kv_blocks=blocks,
-                    blocks_freed=held - blocks,
+                    blocks_freed=before - blocks,
                     new_tokens=sequence.canvas.resolved_growth(),
                     canvas=sequence.canvas.tokens.tolist(),
                     answer_length=sequence.canvas.answer_length,
@@ -105,84 +96,132 @@ class DenoisingRunner:
                     finished=sequence.finished,
                     finish_reason=sequence.finish_reason,
                     next_tokens=0 if sequence.finished else sequence.next_step().tokens_computed,
-                    pruning=pruning,
+                    pruning=prunings.get(id(sequence)),
                 )
             )
         return reports
 
     @torch.inference_mode()
+    def encode_prompts(self, batch: list[Sequence]) -> None:
+        """Write the K/V of prompts that never see their canvas (`prefix_lm`, reference: LaViDa).
+
+        With shifted logits the prompt's last token also says what the first canvas token is; it is decided here.
+        """
+        if not batch:
+            return
+        segments: list[Segment] = []
+        end = 0
+        for sequence in batch:
+            start, end = end, end + sequence.prompt_length
+            segments.append(Segment(start, end, self._slots(sequence)[: sequence.prompt_length]))
+        rows = torch.cat([sequence.prompt_embeds for sequence in batch])
+        positions = torch.cat([sequence.prompt_positions for sequence in batch])
+        hidden = self.model.language_model(rows, positions, self._attention(segments))
+        for sequence, segment in zip(batch, segments, strict=True):
+            if sequence.shifted_logits:
+                logits = self._logits(hidden[segment.end - 1 : segment.end])
+                sequence.canvas.decide(0, int(logits[0, : self.special.vocab].argmax()))
+
+    def _denoise(self, batch: list[Sequence]) -> dict[int, PruningReport]:
+        """Forward, commit and prune; the prunings by the `id` of their sequence."""
+        if not batch:
+            return {}
+        packed = self.forward(batch)
+        undecided = [sequence.canvas.masked() for sequence in batch]
+        steps = [sequence.steps_done for sequence in batch]
+        pruning_due = [sequence.prunes_next() for sequence in batch]
+        prunings: dict[int, PruningReport] = {}
+        for index, (sequence, committed) in enumerate(zip(batch, self._commit(batch, packed), strict=True)):
+            if self.model.config.family.scores_proposed_masks:
+                still_masked = sequence.canvas.masked()
+            else:
+                # A committed row is decided even if the model proposed the mask id for it.
+                still_masked = undecided[index].index_fill(0, committed, False)
+            still_masked = still_masked[undecided[index]]
+            # With nothing left to decide there is nothing to prune for.
+            if bool(still_masked.any()):
+                importance = self._importance(packed.segments[index].scores, still_masked)
+                if importance is not None and self.observe is not None:
+                    self.observe(sequence, steps[index], importance)
+                if pruning_due[index]:
+                    prunings[id(sequence)] = self._prune(sequence, importance, steps[index])
+        return prunings
+
+    @torch.inference_mode()
     def forward(self, batch: list[Sequence]) -> PackedStep:
         """The model over every sequence's next step. Writes K/V pages; changes no sequence."""
-        device = self.model.device
         plans = [sequence.next_step() for sequence in batch]
-        starts = [0 if plan.kind == "full" else seq.canvas.block_start for plan, seq in zip(plans, batch, strict=True)]
+        canvas_starts = [max(0, plan.first - seq.prompt_length) for plan, seq in zip(plans, batch, strict=True)]
         responses = [
-            torch.cat((seq.canvas.tokens[start:], seq.suffix_ids)) for seq, start in zip(batch, starts, strict=True)
+            torch.cat((seq.canvas.tokens[start:], seq.suffix_ids))
+            for seq, start in zip(batch, canvas_starts, strict=True)
         ]
-        embedded = self.model.embed(torch.cat(responses).to(device)).split([ids.numel() for ids in responses])
+        embedded = self.model.embed(torch.cat(responses).to(self.model.device)).split([r.numel() for r in responses])
         rows: list[Tensor] = []
         positions: list[Tensor] = []
         segments: list[Segment] = []
         end = 0
-        for sequence, plan, start, response in zip(batch, plans, starts, embedded, strict=True):
-            if plan.kind == "full":
-                rows += [sequence.prompt_embeds, response]
-                positions += [sequence.prompt_positions, sequence.response_positions()]
-            else:
-                rows.append(response)
-                positions.append(sequence.response_positions(start))
+        for sequence, plan, start, response in zip(batch, plans, canvas_starts, embedded, strict=True):
+            rows += [sequence.prompt_embeds[plan.first :], response]
+            positions += [sequence.prompt_positions[plan.first :], sequence.response_positions(start)]
             segments.append(self._segment(sequence, plan, end))
             end = segments[-1].end
-        attention = TorchPagedAttention(self.cache, segments, scale=self.model.config.head_dim**-0.5)
-        hidden = self.model.language_model(torch.cat(rows), torch.cat(positions), attention)
+        hidden = self.model.language_model(torch.cat(rows), torch.cat(positions), self._attention(segments))
         return PackedStep(hidden, segments, plans)
 
+    def _attention(self, segments: list[Segment]) -> TorchPagedAttention:
+        return TorchPagedAttention(self.cache, segments, scale=self.model.config.head_dim**-0.5)
+
+    def _slots(self, sequence: Sequence) -> Tensor:
+        """[total_length] int64, the cache slots of all its tokens."""
+        table = torch.tensor(sequence.block_table, device=self.model.device)
+        return slots_of(table, 0, sequence.total_length, self.cache.block_size)
+
     def _segment(self, sequence: Sequence, plan: StepPlan, first_row: int) -> Segment:
-        device = self.model.device
-        total, size = sequence.total_length, self.cache.block_size
-        slots = slots_of(torch.tensor(sequence.block_table, device=device), 0, total, size)
+        device, config = self.model.device, self.model.config
+        slots = self._slots(sequence)
         scores = None
         observed = self.observe is not None and plan.kind == "full" and sequence.num_visual > 0
         if observed or sequence.scores_next():
             canvas_rows = sequence.prompt_length + sequence.canvas.masked().nonzero()[:, 0]
-            config = self.model.config
             scores = AttentionScores(
-                canvas_rows.to(device),
+                (canvas_rows - plan.first).to(device),
                 sequence.visual_rows.to(device),
                 config.num_attention_heads,
                 config.num_hidden_layers,
             )
         return Segment(
             start=first_row,
-            end=first_row + plan.tokens_computed,
-            write_slots=slots[total - plan.tokens_computed :],
-            read_slots=None if plan.kind == "full" else slots,
+            end=first_row + slots.numel() - plan.first,
+            write_slots=slots[plan.first :],
+            read_slots=slots if plan.first else None,
             scores=scores,
         )
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits of hidden rows [rows, hidden], ids that have no chance at -inf."""
+        config = self.model.config
+        vocab = config.vocab_size if config.family.counts_surplus_rows else self.special.vocab
+        logits = suppress(self.model.language_model.logits(hidden, vocab), self.special.suppressed)
+        return keep_best(logits, config.family.top_k)
 
     def _commit(self, batch: list[Sequence], packed: PackedStep) -> list[Tensor]:
         """Propose for every candidate of the batch at once, commit the best of each sequence; the committed canvas
         rows."""
-        # A response step computes nothing before the active block, so it has no proposals there.
         candidates = [
-            sequence.canvas.masked_rows(0 if plan.kind == "full" else sequence.canvas.block_start)
-            for sequence, plan in zip(batch, packed.plans, strict=True)
+            sequence.canvas.masked_rows(plan.start) for sequence, plan in zip(batch, packed.plans, strict=True)
         ]
         rows = [
-            packed.canvas_start(index, sequence) + masked
+            packed.logit_rows(index, sequence, masked)
             for index, (sequence, masked) in enumerate(zip(batch, candidates, strict=True))
         ]
-        hidden = packed.hidden.index_select(0, torch.cat(rows).to(packed.hidden.device))
-        logits = suppress(self.model.language_model.logits(hidden, self.special.vocab), self.special.suppressed)
+        logits = self._logits(packed.hidden.index_select(0, torch.cat(rows).to(packed.hidden.device)))
         counts = [masked.numel() for masked in candidates]
-        proposals = propose(
-            logits, [sequence.denoising.temperature for sequence in batch], [seq.generator for seq in batch], counts
-        )
+        choices = [Choice(seq.denoising.temperature, seq.denoising.remasking, seq.generator) for seq in batch]
+        proposals = propose(logits, self.special.vocab, choices, counts)
         committed: list[Tensor] = []
         parts = zip(batch, candidates, proposals.tokens.split(counts), proposals.confidence.split(counts), strict=True)
         for sequence, masked, tokens, confidence in parts:
-            if sequence.denoising.remasking == "random":
-                confidence = random_confidence(confidence.numel(), sequence.generator)
             chosen = select(confidence, sequence.canvas.tokens_to_commit())
             sequence.canvas.commit(masked[chosen], tokens[chosen])
             committed.append(masked[chosen])
@@ -215,8 +254,10 @@ class DenoisingRunner:
     def _drop(self, sequence: Sequence, kept: Tensor) -> None:
         table = torch.tensor(sequence.block_table, device=self.model.device)
         rows, old_positions, new_positions = sequence.drop_visual(kept)
-        # Where the next step recomputes everything, the pages are about to be overwritten.
-        if not sequence.finished and sequence.next_step().kind == "response":
+        # What the next step computes again is about to be overwritten.
+        kept_rows = 0 if sequence.finished else sequence.next_step().first
+        if kept_rows:
+            rows, old_positions, new_positions = (part[:kept_rows] for part in (rows, old_positions, new_positions))
             plan = plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size)
             compact(self.cache, plan, self.model.language_model.rotary)
         del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]

@@ -13,16 +13,23 @@ import torch
 from torch import Tensor
 
 from redvtp.denoising.canvas import Canvas
+from redvtp.denoising.schedule import schedule_of
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The next step of a sequence: `full` computes every kept token, `response` only the canvas from the active block
-    on."""
+    """The next step of a sequence: `full` computes every kept token, `response` the canvas or the end of it.
+
+    first: the row the forward begins with, of prompt, canvas and suffix; those before are read from pages.
+    start: canvas rows from here on may be decided.
+    tokens_computed: also counts a prompt that is encoded alone before the forward.
+    """
 
     kind: str
+    first: int
+    start: int
     tokens_computed: int
 
 
@@ -69,9 +76,9 @@ class Sequence:
     """State of one request.
 
     prompt_embeds: [prompt, hidden], visual tokens in place. visual_spans: half-open ranges of the visual tokens in it,
-    one for each image. stop_ids: the stop strings as token sequences. suffix_ids: tokens after the canvas.
-    block_table: cache blocks for `total_length` tokens. committed: canvas tokens that were streamed before a
-    preemption.
+    one for each image. shifted_logits: see `Family`. stop_ids: the stop strings as token sequences. suffix_ids: tokens
+    after the canvas. block_table: cache blocks for `total_length` tokens. committed: canvas tokens that were streamed
+    before a preemption. draft_ids: see `Canvas`.
     """
 
     def __init__(
@@ -82,14 +89,17 @@ class Sequence:
         denoising: DenoisingParams,
         pruning: PruningParams,
         special: SpecialTokens,
+        shifted_logits: bool = False,
         stop_ids: tuple[tuple[int, ...], ...] = (),
         suffix_ids: tuple[int, ...] = (),
         block_table: list[int] | None = None,
         committed: tuple[int, ...] = (),
+        draft_ids: tuple[int, ...] = (),
     ) -> None:
         self.request_id = request_id
         self.denoising = denoising
         self.pruning = pruning
+        self.shifted_logits = shifted_logits
         self.prompt_embeds = prompt_embeds
         self.prompt_positions = torch.arange(prompt_embeds.shape[0], device=prompt_embeds.device)
         # Rows of the prompt that are visual tokens, ascending.
@@ -99,7 +109,7 @@ class Sequence:
         self.suffix_ids = torch.tensor(suffix_ids, dtype=torch.int64)
         self.canvas_position = prompt_embeds.shape[0]
         self.block_table = block_table if block_table is not None else []
-        self._end_tokens = () if denoising.ignore_eos else (special.eos_id, special.eot_id)
+        self._end_tokens = () if denoising.ignore_eos else special.end_ids
         self.canvas = Canvas(
             denoising.gen_length,
             denoising.resolved_block_length,
@@ -107,6 +117,8 @@ class Sequence:
             special.mask_id,
             stop_ids + tuple((token,) for token in self._end_tokens),
             committed,
+            schedule_of(denoising.schedule, denoising.schedule_shift),
+            draft_ids,
         )
         self.generator = torch.Generator()
         if denoising.seed is None:
@@ -153,11 +165,22 @@ class Sequence:
         return self.canvas.answer() + suffix
 
     def next_step(self) -> StepPlan:
-        """Whether the next step is full or a response step (DESIGN: decoding modes), and what it computes."""
-        cached = self.denoising.cache == "prefix" and self.canvas.step_in_block % self.denoising.refresh_interval != 0
-        if cached:
-            return StepPlan("response", self.total_length - self.prompt_length - self.canvas.block_start)
-        return StepPlan("full", self.total_length)
+        """Whether the next step is full or a response step (docs/architecture.md: decoding modes), and what it
+        computes."""
+        total, prompt = self.total_length, self.prompt_length
+        if self.denoising.cache == "prefix_lm":
+            computed = total if self.encodes_prompt_next() else total - prompt
+            return StepPlan("full" if computed == total else "response", prompt, 0, computed)
+        if self.denoising.cache == "prefix" and self.canvas.step_in_block % self.denoising.refresh_interval != 0:
+            start = self.canvas.block_start
+            # The token before the block says what its first one is: with shifted logits it is computed again.
+            first = prompt + start - int(self.shifted_logits)
+            return StepPlan("response", first, start, total - first)
+        return StepPlan("full", 0, 0, total)
+
+    def encodes_prompt_next(self) -> bool:
+        """Whether the next step first computes the prompt, alone and for good."""
+        return self.denoising.cache == "prefix_lm" and self.steps_done == 0
 
     def prunes_next(self) -> bool:
         """Whether visual tokens are dropped after the next step: all presets do it after the first."""

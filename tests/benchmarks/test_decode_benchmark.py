@@ -53,6 +53,28 @@ def test_the_benchmark_reports_every_setting(tmp_path: Path) -> None:
         assert rows["prefix", name]["kv_blocks_after_step_0"] == -(-after // 32)
 
 
+def test_lavida_is_measured_behind_a_prompt_encoded_once(tmp_path: Path) -> None:
+    command = [BENCHMARKS / "decode.py", *TINY, "--family", "lavida", "--workdir", tmp_path]
+    done = subprocess.run(
+        [sys.executable, *command, "--json", tmp_path / "results.json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["cache"], row["setting"]): row for row in results["rows"]}
+    names = ("dense", "keep 50%", "keep 25%")
+    assert list(rows) == [(cache, name) for cache in ("none", "prefix_lm") for name in names]
+    assert rows["prefix_lm", "dense"]["ceiling"] > rows["none", "dense"]["ceiling"] == 1
+    prompt, visual = results["request"]["prompt_tokens"], results["request"]["visual_tokens"]
+    # 90x60 pixels on two tiles of 4x4 patches pooled to 2x2: one tile of the whole, two rows of four with newlines.
+    assert visual == 4 + 2 * (4 + 1)
+    after = prompt - visual + int(visual * 0.25) + 8
+    assert rows["prefix_lm", "keep 25%"]["kv_blocks_after_step_0"] == -(-after // 32)
+
+
 def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "decode.py", "--image", "wide", "--workdir", tmp_path],
@@ -68,15 +90,23 @@ def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "pruning", [PruningParams(preset="none"), PruningParams(keep_ratio=0.3)], ids=lambda p: p.preset
 )
-@pytest.mark.parametrize(("cache", "refresh_interval"), [("none", 32), ("prefix", 32), ("prefix", 3)])
+@pytest.mark.parametrize(
+    ("cache", "refresh_interval"), [("none", 32), ("prefix", 32), ("prefix", 3), ("prefix_lm", 32)]
+)
+@pytest.mark.parametrize("checkpoint", ["tiny-llada-v", "tiny-lavida"])
 @pytest.mark.parametrize("name", ["square", "wide"])
 def test_counted_flops_are_those_torch_sees(
-    name: str, cache: str, refresh_interval: int, pruning: PruningParams, monkeypatch: pytest.MonkeyPatch
+    checkpoint: str,
+    name: str,
+    cache: str,
+    refresh_interval: int,
+    pruning: PruningParams,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from flops import request_flops
 
-    case = Case("tiny-llada-v", name)
+    case = Case(checkpoint, name)
     engine = LocalEngine(case.model_dir, dtype="float32", device="cpu")
     denoising = DenoisingParams(
         gen_length=24, block_length=8, steps=12, ignore_eos=True, cache=cache, refresh_interval=refresh_interval

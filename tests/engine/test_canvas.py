@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 import golden_data
 from redvtp.denoising.canvas import Canvas
-from redvtp.denoising.schedule import even_counts, transfer_table
+from redvtp.denoising.schedule import curve_counts, dream_counts, even_counts, schedule_of, transfer_table
+from redvtp.params import SCHEDULES
 
 MASK = 99
 
@@ -23,15 +25,47 @@ def test_even_counts_are_the_references_table() -> None:
         assert even_counts(entry["mask_count"], entry["steps"]) == tuple(entry["table"]), entry
 
 
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 200))
-def test_every_table_decides_every_position_once(gen: int, block: int, steps: int) -> None:
+LAVIDA_TABLES = json.loads((golden_data.golden_root() / "schedules" / "lavida_schedules.json").read_text())
+
+
+@pytest.mark.parametrize("schedule", [None, "linear", "shift", "cosine", "logit_normal"])
+def test_curves_are_the_references_tables(schedule: str | None) -> None:
+    tables = [entry for entry in LAVIDA_TABLES if entry.get("schedule") == schedule]
+    assert len(tables) >= 20
+    for entry in tables:
+        shift = (entry.get("schedule_kwargs") or {}).get("shift", 3.0)
+        counts = schedule_of(schedule or "even", shift)(entry["mask_count"], entry["steps"])
+        assert counts == tuple(entry["table"]), entry
+
+
+def test_dreams_time_steps_are_the_references() -> None:
+    """Tokens decided after each step of the golden runs: from an empty canvas, and from one with the first decided."""
+    decided = (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 32)
+    assert tuple(accumulate(dream_counts(32, 16))) == decided
+    assert tuple(1 + count for count in accumulate(dream_counts(31, 16))) == (2, *decided[1:])
+    cut_short = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 32)
+    assert tuple(1 + count for count in accumulate(dream_counts(31, 16, time_steps=32))) == cut_short
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(1.0, 100))
+def test_a_shift_of_one_is_the_straight_line_and_a_larger_one_decides_later(
+    tokens: int, steps: int, shift: float
+) -> None:
+    line = curve_counts(tokens, steps, "linear", 1.0)
+    assert curve_counts(tokens, steps, "shift", 1.0) == line
+    half = len(line) // 2
+    assert sum(curve_counts(tokens, steps, "shift", shift)[:half]) <= sum(line[:half])
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 200), st.sampled_from(SCHEDULES))
+def test_every_table_decides_every_position_once(gen: int, block: int, steps: int, schedule: str) -> None:
     block = min(block, gen)
     blocks = -(-gen // block)
     steps = min(max(steps, blocks), gen)
-    table = transfer_table(gen, block, steps)
+    table = transfer_table(gen, block, steps, schedule_of(schedule, 3.0))
     assert [sum(counts) for counts in table] == [min(block, gen - start) for start in range(0, gen, block)]
     assert all(count > 0 for counts in table for count in counts)
-    if gen % block == 0 and steps % blocks == 0 and steps // blocks <= block:
+    if schedule != "dream" and gen % block == 0 and steps % blocks == 0 and steps // blocks <= block:
         assert sum(len(counts) for counts in table) == steps
 
 
@@ -107,6 +141,24 @@ def test_a_block_that_is_decided_early_ends_early() -> None:
     assert canvas.resolved_growth() == []
     _, steps = _run(canvas, [5, 6, 7], [0] * 8)
     assert steps == 3
+
+
+def test_a_token_decided_from_outside_is_not_counted_again() -> None:
+    canvas = Canvas(8, 8, 4, MASK)
+    canvas.decide(0, 5)
+    canvas.decide(0, 6)
+    assert canvas.tokens[0] == 5
+    assert canvas.masked_rows().tolist() == [1, 2, 3, 4, 5, 6, 7]
+    _, steps = _run(canvas, list(range(8)), [1] * 8)
+    assert steps == 4
+    assert canvas.answer() == [5, 1, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_stop_decided_from_outside_ends_the_canvas() -> None:
+    canvas = Canvas(8, 8, 4, MASK, ((5,),))
+    canvas.decide(0, 5)
+    assert canvas.finished
+    assert canvas.answer() == []
 
 
 @pytest.mark.parametrize(("tokens", "steps"), [(4, 0), (-1, 2)])

@@ -173,7 +173,7 @@ def test_controls_keep_as_many_tokens_without_looking(engine: EngineFactory) -> 
 def test_end_tokens_stop_unless_ignored(engine: EngineFactory) -> None:
     """tiny-llada-v is known to decide <|eot_id|> within this canvas."""
     local = engine(CHECKPOINT)
-    eot = local.special.eot_id
+    eot = local.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     free, stopped = local.generate(
         [
             _request(

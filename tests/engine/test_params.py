@@ -19,12 +19,16 @@ BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -0.1}, "temperature must be a number >= 0, got -0.1"),
     ({"temperature": float("nan")}, "temperature must be"),
     ({"seed": "x"}, "seed must be an integer"),
-    ({"remasking": "entropy"}, "remasking must be one of low_confidence, random, got 'entropy'"),
+    ({"schedule": "square"}, "schedule must be one of even, linear, shift, cosine, logit_normal, dream, got 'square'"),
+    ({"schedule_shift": 0}, "schedule_shift must be a number > 0, got 0"),
+    ({"remasking": "best"}, "remasking must be one of low_confidence, entropy, margin, random, got 'best'"),
     ({"stop": ("",)}, "stop must be non-empty strings"),
     ({"stop": "eot"}, "stop must be non-empty strings"),
     ({"suffix": 3}, "suffix must be a string"),
+    ({"draft": 3}, "draft must be text with at least one <mask> to fill in, got 3"),
+    ({"draft": "all said"}, "draft must be text with at least one <mask> to fill in, got 'all said'"),
     ({"ignore_eos": 1}, "ignore_eos must be true or false"),
-    ({"cache": "dual"}, "cache must be one of none, prefix, got 'dual'"),
+    ({"cache": "dual"}, "cache must be one of none, prefix, prefix_lm, got 'dual'"),
     ({"refresh_interval": 0}, "refresh_interval must be an integer >= 1, got 0"),
 ]
 BAD_PRUNING: list[tuple[dict[str, Any], str]] = [

@@ -1,22 +1,28 @@
 """The engine against the reference, from the PNG and the question to the tokens of every step.
 
-Every LLaDA-V run in the golden data is repeated through `LocalEngine`. Where the reference's own float32 run was a near
+Every run in the golden data is repeated through `LocalEngine`. Where the reference's own float32 run was a near
 tie (`robust` is false, see tests/golden/README.md) another implementation may take the other branch: those may fail.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import golden_data
 from golden_data import Case, Run
+from golden_runs import denoising_of, pruning_of
+from redvtp.denoising.canvas import Canvas
+from redvtp.denoising.schedule import dream_counts
+from redvtp.kv.blocks import slots_of
 from redvtp.local import Generation, LocalEngine, Request
-from redvtp.params import DenoisingParams, PruningParams
+from redvtp.params import CACHES, DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.sequence import Sequence
 from redvtp.vision.tiling import image_mode, tile_image
@@ -39,34 +45,9 @@ def _engine_for(case: Case, engine: EngineFactory) -> LocalEngine:
 
 def _request(case: Case, engine: LocalEngine, denoising: DenoisingParams, pruning: PruningParams) -> Request:
     images = tuple(case.images())
-    prompt = chat_prompt(engine.tokenizer, case.question, num_images=len(images))
+    template = engine.config.family.template
+    prompt = chat_prompt(engine.tokenizer, case.question, num_images=len(images), template=template)
     return Request(prompt, images, denoising, pruning)
-
-
-def _denoising(run: Run) -> DenoisingParams:
-    params = run.params
-    unknown = set(params) - {
-        "gen_length", "block_length", "steps", "stopping_criteria", "generation_suffix", "prefix_refresh_interval",
-    }  # fmt: skip
-    assert not unknown, f"the reference was given {unknown}, which this test does not translate"
-    cached = "prefix_refresh_interval" in params
-    return DenoisingParams(
-        gen_length=params["gen_length"],
-        block_length=params["block_length"],
-        steps=params["steps"],
-        # The reference ends at the stop strings it is given and at nothing else.
-        stop=tuple(params.get("stopping_criteria", ())),
-        ignore_eos=True,
-        suffix=params.get("generation_suffix", ""),
-        cache="prefix" if cached else "none",
-        refresh_interval=params.get("prefix_refresh_interval", 32),
-    )
-
-
-def _pruning(run: Run) -> PruningParams:
-    if run.keep_ratio is None:
-        return PruningParams(preset="none")
-    return PruningParams(preset="redvtp", keep_ratio=run.keep_ratio)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +61,7 @@ def generate(engine: EngineFactory) -> Callable[[Run], Generation]:
             together = [other for other in RUNS if other.case == run.case]
             free = local.blocks.num_free
             generations = local.generate(
-                [_request(run.case, local, _denoising(other), _pruning(other)) for other in together]
+                [_request(run.case, local, denoising_of(other), pruning_of(other)) for other in together]
             )
             assert local.blocks.num_free == free, "every KV block is back after the requests"
             answers.update(zip(map(str, together), generations, strict=True))
@@ -102,12 +83,13 @@ def _sequence(case: Case, local: LocalEngine, denoising: DenoisingParams, prunin
         local.blocks.free(blocks)
 
 
-def _response_logits(local: LocalEngine, sequence: Sequence) -> torch.Tensor:
-    """Raw logits [gen_length, vocab] of the whole canvas at the next step."""
+def _response_logits(local: LocalEngine, sequence: Sequence, vocab: int) -> torch.Tensor:
+    """Raw logits [gen_length, vocab] about the whole canvas at the next step."""
+    if sequence.encodes_prompt_next():
+        local.runner.encode_prompts([sequence])
     packed = local.runner.forward([sequence])
-    start = packed.canvas_start(0, sequence)
-    rows = packed.hidden[start : start + sequence.gen_length]
-    return local.model.language_model.logits(rows, local.special.vocab)
+    rows = packed.logit_rows(0, sequence, torch.arange(sequence.gen_length))
+    return local.model.language_model.logits(packed.hidden[rows], vocab)
 
 
 def _marked(runs: list[Run]) -> list[object]:
@@ -166,16 +148,48 @@ def test_prompt_embeddings_are_the_references(case: Case, engine: EngineFactory)
         torch.testing.assert_close(sequence.prompt_embeds, case.base("prompt_embeds"), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", golden_data.cases(tensor="fwd_logits_resp"), ids=str)
-def test_logits_of_the_first_step(case: Case, engine: EngineFactory) -> None:
-    local = _engine_for(case, engine)
-    with _sequence(case, local, DENOISING, NO_PRUNING) as sequence, torch.inference_mode():
-        logits = _response_logits(local, sequence)
+def _assert_first_logits(case: Case, local: LocalEngine, denoising: DenoisingParams, expected: torch.Tensor) -> None:
+    vocab = expected.shape[1]
+    with _sequence(case, local, denoising, NO_PRUNING) as sequence, torch.inference_mode():
+        logits = _response_logits(local, sequence, vocab)
         sequence.prompt_embeds = case.base("prompt_embeds")
-        from_embeddings = _response_logits(local, sequence)
-    expected = case.base("fwd_logits_resp")
+        from_embeddings = _response_logits(local, sequence, vocab)
     torch.testing.assert_close(logits, expected, atol=LOGITS_TOLERANCE_FROM_IMAGE, rtol=0)
     torch.testing.assert_close(from_embeddings, expected, atol=LOGITS_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("case", golden_data.cases(tensor="fwd_logits_resp"), ids=str)
+def test_logits_of_the_first_step(case: Case, engine: EngineFactory) -> None:
+    _assert_first_logits(case, _engine_for(case, engine), DENOISING, case.base("fwd_logits_resp"))
+
+
+@pytest.mark.parametrize("case", golden_data.cases(tensor="fwd_prefix_logits_resp"), ids=str)
+def test_logits_of_the_first_step_behind_a_prompt_encoded_alone(case: Case, engine: EngineFactory) -> None:
+    denoising = replace(DENOISING, cache="prefix_lm")
+    _assert_first_logits(case, _engine_for(case, engine), denoising, case.base("fwd_prefix_logits_resp"))
+
+
+@pytest.mark.parametrize("case", golden_data.cases(tensor="fwd_logits_resp_unshifted"), ids=str)
+def test_shifted_logits_of_the_first_step(case: Case, engine: EngineFactory) -> None:
+    """The reference's rows begin one before the canvas; ours are already those that speak about the canvas."""
+    _assert_first_logits(case, _engine_for(case, engine), DENOISING, case.base("fwd_logits_resp_unshifted")[:-1])
+
+
+@pytest.mark.parametrize("case", golden_data.cases(tensor="prefix_k_layer0"), ids=str)
+def test_pages_of_a_prompt_encoded_alone(case: Case, engine: EngineFactory) -> None:
+    local = _engine_for(case, engine)
+    with _sequence(case, local, replace(DENOISING, cache="prefix_lm"), NO_PRUNING) as sequence:
+        sequence.prompt_embeds = case.base("prompt_embeds")
+        local.runner.encode_prompts([sequence])
+        slots = slots_of(torch.tensor(sequence.block_table), 0, sequence.prompt_length, local.cache.block_size)
+        keys, _ = local.cache.read(0, slots)
+        _, values = local.cache.read(3, slots)
+    # The reference stores keys before their rotary positions are applied.
+    expected = local.model.language_model.rotary.rotate(
+        case.base("prefix_k_layer0").transpose(0, 1), sequence.prompt_positions
+    )
+    torch.testing.assert_close(keys, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(values, case.base("prefix_v_layer3").transpose(0, 1), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -203,21 +217,31 @@ AFTER_PRUNING = [run for run in golden_data.runs("redvtp") if run.has("logits_st
 def test_logits_of_the_first_step_after_a_pruning(run: Run, engine: EngineFactory) -> None:
     local = _engine_for(run.case, engine)
     expected = run.tensor("logits_step1")
-    with _sequence(run.case, local, _denoising(run), _pruning(run)) as sequence, torch.inference_mode():
+    with _sequence(run.case, local, denoising_of(run), pruning_of(run)) as sequence, torch.inference_mode():
         local.runner.step([sequence])
-        logits = _response_logits(local, sequence)
+        logits = _response_logits(local, sequence, expected.shape[1])
     # The reference had set suppressed ids to -inf where the canvas was undecided.
     logits = logits.masked_fill(expected.isneginf(), float("-inf"))
     torch.testing.assert_close(logits, expected, atol=LOGITS_TOLERANCE_FROM_IMAGE, rtol=0)
 
 
-RUNS = [run for run in golden_data.runs() if not run.uses_threshold]
+RUNS = [run for run in golden_data.runs() if not run.uses_threshold and "noschedule" not in run.name]
+
+
+def _reference_steps(run: Run) -> torch.Tensor:
+    """The response after every step [steps, gen_length], without those of Dream's that commit nothing: we skip them."""
+    canvases = run.tensor("x")
+    if run.case.checkpoint not in golden_data.DREAM:
+        return canvases
+    masked = (canvases == 584).sum(1)
+    assert masked[0] < canvases.shape[1], "the first step commits"
+    return canvases[[step for step in range(len(masked)) if step == 0 or masked[step] < masked[step - 1]]]
 
 
 @pytest.mark.parametrize("run", _marked(RUNS))
 def test_canvas_after_every_step_and_output(run: Run, generate: Callable[[Run], Generation]) -> None:
     generation = generate(run)
-    expected = run.tensor("x")
+    expected = _reference_steps(run)
     canvases = torch.tensor([report.canvas for report in generation.steps])
     assert canvases.shape == expected.shape
 
@@ -225,11 +249,41 @@ def test_canvas_after_every_step_and_output(run: Run, generate: Callable[[Run], 
     answer = len(run.output) if "stopping_criteria" in run.params else expected.shape[1]
     for step in range(expected.shape[0]):
         assert canvases[step, :answer].tolist() == expected[step, :answer].tolist(), f"after step {step}"
-    assert [report.canvas_block for report in generation.steps] == [step["block"] for step in run.data["steps"]]
+    if run.case.checkpoint not in golden_data.DREAM:
+        assert [report.canvas_block for report in generation.steps] == [step["block"] for step in run.data["steps"]]
     if run.kind == "fast":
         full = [report.kind == "full" for report in generation.steps]
         assert full == [step["full"] for step in run.data["steps"]]
     assert generation.output_ids == run.output
+
+
+CUT_SHORT = [run for run in golden_data.runs("plain", checkpoints=golden_data.DREAM) if "noschedule" in run.name]
+
+
+@pytest.mark.parametrize("run", CUT_SHORT, ids=str)
+def test_dreams_time_steps_cut_short(run: Run, engine: EngineFactory) -> None:
+    """Its step_ratio without a schedule takes only the first of the time steps and leaves most tokens to the last one.
+
+    No knob asks for that; the canvas is given the schedule by hand.
+    """
+    local = _engine_for(run.case, engine)
+    params = replace(denoising_of(run), schedule="even")
+    time_steps = run.params["steps"]
+    with _sequence(run.case, local, params, NO_PRUNING) as sequence:
+        sequence.canvas = Canvas(
+            params.gen_length,
+            params.gen_length,
+            params.resolved_steps,
+            local.special.mask_id,
+            schedule=partial(dream_counts, time_steps=time_steps),
+        )
+        canvases = []
+        while not sequence.finished:
+            canvases += [report.canvas for report in local.runner.step([sequence])]
+    expected = run.tensor("x")
+    # The first two of the reference's steps commit nothing.
+    assert torch.equal(expected[0], expected[1])
+    assert canvases == expected[2:].tolist()
 
 
 PRUNED = golden_data.runs("redvtp")
@@ -250,7 +304,7 @@ def test_importance_and_kept_tokens(run: Run, generate: Callable[[Run], Generati
 @pytest.mark.parametrize("run", _marked([run for run in PRUNED if run.has("importance")]))
 def test_importance_from_the_references_embeddings(run: Run, engine: EngineFactory) -> None:
     local = _engine_for(run.case, engine)
-    with _sequence(run.case, local, _denoising(run), _pruning(run)) as sequence:
+    with _sequence(run.case, local, denoising_of(run), pruning_of(run)) as sequence:
         sequence.prompt_embeds = run.case.base("prompt_embeds")
         (report,) = local.runner.step([sequence])
     assert report.pruning is not None
@@ -265,9 +319,17 @@ def test_no_pruning_when_the_first_step_decides_everything(run: Run, generate: C
 
 def test_the_golden_data_covers_every_mode() -> None:
     """The parametrised tests above are only as good as what they were given."""
-    assert {field.name for field in fields(PruningParams)} >= {"preset", "keep_ratio"}
-    assert len(CASES) == 10
+    count = Counter(run.case.checkpoint for run in RUNS)
+    assert count["tiny-llada-v"] >= 140
+    assert count["tiny-llada-v-b"] >= 30
+    assert count["tiny-lavida"] >= 80
+    assert count["tiny-lavida-dream"] >= 12
+    assert len(CUT_SHORT) == 2
     assert {run.kind for run in RUNS} == {"plain", "redvtp", "fast"}
-    assert len(RUNS) >= 240
-    assert sum(not run.robust for run in RUNS) <= 8
-    assert len(AFTER_PRUNING) >= 8
+    asked = [denoising_of(run) for run in RUNS]
+    assert {params.cache for params in asked} == set(CACHES)
+    assert {params.schedule for params in asked} == {"even", "shift", "cosine", "dream"}
+    assert {params.schedule_shift for params in asked} == {3.0, 0.33}
+    assert {params.remasking for params in asked} == {"low_confidence", "entropy", "margin"}
+    assert sum(not run.robust for run in RUNS) <= 0.05 * len(RUNS)
+    assert {run.case.checkpoint for run in AFTER_PRUNING} >= {"tiny-llada-v-b", "tiny-lavida"}

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 
+import golden_runs
 from golden_data import Case, Run
 
 
@@ -19,24 +20,14 @@ def prompt_of(case: Case) -> dict[str, Any]:
 
 
 def knobs_of(run: Run) -> dict[str, Any]:
-    """The run as `extra_args` / `vllm_xargs`."""
-    params = run.params
-    knobs: dict[str, Any] = {"redvtp_block_length": params["block_length"], "redvtp_steps": params["steps"]}
-    if "prefix_refresh_interval" in params:
-        knobs |= {"redvtp_cache": "prefix", "redvtp_refresh_interval": params["prefix_refresh_interval"]}
-    if "generation_suffix" in params:
-        knobs["redvtp_suffix"] = params["generation_suffix"]
-    if run.keep_ratio is None:
-        knobs["redvtp_pruning"] = "none"
-    else:
-        knobs["redvtp_keep_ratio"] = run.keep_ratio
-    return knobs
+    """The run as `extra_args` / `vllm_xargs`; its length is max_tokens."""
+    return {f"redvtp_{name}": value for name, value in golden_runs.knobs(run).items() if name != "gen_length"}
 
 
 def sampling_of(run: Run, **knobs: Any) -> SamplingParams:
     # The reference ends at the stop strings it is given and at nothing else.
     return SamplingParams(
-        max_tokens=run.params["gen_length"],
+        max_tokens=golden_runs.knobs(run)["gen_length"],
         temperature=0.0,
         ignore_eos=True,
         stop=run.params.get("stopping_criteria"),

@@ -11,7 +11,12 @@ import golden_data
 from golden_data import Run
 from plugin.requests import answer_of, prompt_of, sampling_of
 
-RUNS = [run for run in golden_data.runs() if run.robust and not run.uses_threshold]
+RUNS = [
+    run
+    for run in golden_data.runs()
+    # No knob cuts Dream's time steps short; the engine's own tests do.
+    if run.robust and not run.uses_threshold and "noschedule" not in run.name
+]
 
 _ANSWERS: dict[str, list[int]] = {}
 

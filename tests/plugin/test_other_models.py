@@ -40,6 +40,7 @@ def test_registration_imports_no_model_and_no_engine(facts: tuple[dict[str, Any]
         "redvtp",
         "redvtp.models",
         "redvtp.models.config",
+        "redvtp.models.families",
         "vllm_redvtp",
         "vllm_redvtp.cli",
         "vllm_redvtp.config",

@@ -17,6 +17,7 @@ from PIL.Image import DecompressionBombError
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.platforms import current_platform
+from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
@@ -50,6 +51,12 @@ def test_prompt_and_parameters_still_meet_in_the_platform_only() -> None:
 def test_logits_processors_still_do_not_see_the_prompt(interface: type[Any]) -> None:
     """renderer.install_request_check: otherwise RequestKnobs could do all the checking."""
     assert list(inspect.signature(interface.validate_params).parameters) == ["sampling_params"]
+
+
+def test_whether_end_tokens_count_is_still_settled_before_the_scheduler() -> None:
+    """scheduler._plan takes them back for a draft: setting ignore_eos there would come too late."""
+    assert "ignore_eos" not in inspect.getsource(check_stop)
+    assert "eos_token_id" in inspect.getsource(check_stop)
 
 
 def test_max_tokens_is_still_cut_in_silence() -> None:

@@ -12,26 +12,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from golden_data import LLADA_V, checkpoint_dir
-from redvtp.models.config import SO400M_PATCH14_384, LladaVConfig, load_config
-from redvtp.models.llada_v import LladaV
+from golden_data import ALL, checkpoint_dir
+from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, load_config
+from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_name, checkpoint_weights, load_weights, rename
 
 TINY = "tiny-llada-v"
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
 
-def _raw() -> dict[str, Any]:
-    raw: dict[str, Any] = json.loads((checkpoint_dir(TINY) / "config.json").read_text())
+def _raw(checkpoint: str = TINY) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((checkpoint_dir(checkpoint) / "config.json").read_text())
     return raw
 
 
-def _weights() -> dict[str, Tensor]:
-    return load_file(checkpoint_dir(TINY) / "model.safetensors")
+def _weights(checkpoint: str = TINY) -> dict[str, Tensor]:
+    return load_file(checkpoint_dir(checkpoint) / "model.safetensors")
 
 
-def _model() -> LladaV:
-    return LladaV(load_config(checkpoint_dir(TINY)))
+def _model() -> Dvlm:
+    return Dvlm(load_config(checkpoint_dir(TINY)))
 
 
 def test_tiny_config_is_read() -> None:
@@ -42,6 +42,45 @@ def test_tiny_config_is_read() -> None:
     assert config.image_grid_pinpoints[1] == (56, 112)
     tower = config.tower
     assert (tower.num_hidden_layers, tower.kept_layers(-2), tower.image_size, tower.side) == (3, 2, 56, 4)
+
+
+def test_olmo_config_is_read_under_its_own_names() -> None:
+    config = load_config(checkpoint_dir("tiny-lavida"))
+    assert config.family.architecture == "LlavaLladaForMaskedDiffusion"
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (64, 128, 4)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 4, 16)
+    assert (config.vocab_size, config.max_position_embeddings, config.rms_norm_eps) == (640, 4096, 1e-5)
+    with pytest.raises(ValueError, match=r"config\.json lacks 'd_model'"):
+        load_config(checkpoint_dir("tiny-lavida"), {"d_model": None})
+
+
+def test_dream_config_has_biases_and_fewer_key_heads() -> None:
+    config = load_config(checkpoint_dir("tiny-lavida-dream"))
+    assert config.family.architecture == "LlavaDreamForMaskedDiffusion"
+    assert (config.num_attention_heads, config.num_key_value_heads, config.qkv_bias) == (4, 2, True)
+    assert (config.rope_theta, config.rms_norm_eps, config.mask_token_id) == (1e6, 1e-6, 584)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "key", "value"),
+    [
+        ("tiny-lavida", "block_type", "sequential"),
+        ("tiny-lavida", "alibi", True),
+        ("tiny-lavida", "include_qkv_bias", True),
+        ("tiny-lavida", "weight_tying", True),
+        ("tiny-lavida", "layer_norm_type", "default"),
+        ("tiny-lavida", "mm_spatial_pool_mode", "average"),
+        ("tiny-lavida", "mm_pooler_ratio", 3),
+        # Its code for pooled tiles never met a limit of tiles.
+        ("tiny-lavida", "image_aspect_ratio", "anyres_max_4"),
+        ("tiny-lavida-dream", "use_sliding_window", True),
+        ("tiny-lavida-dream", "tie_word_embeddings", True),
+    ],
+)
+def test_unsupported_value_of_the_other_families_is_refused(checkpoint: str, key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{key}.*is not supported; supported: ") as refusal:
+        load_config(checkpoint_dir(checkpoint), {key: value})
+    assert repr(value) in str(refusal.value)
 
 
 def test_patches_that_do_not_fit_are_dropped() -> None:
@@ -60,13 +99,13 @@ def test_config_as_transformers_5_writes_it_reads_the_same() -> None:
     raw["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
     raw["dtype"] = torch.float32
     del raw["torch_dtype"]
-    assert LladaVConfig.from_dict(raw, checkpoint_dir(TINY)) == load_config(checkpoint_dir(TINY))
+    assert DvlmConfig.from_dict(raw, checkpoint_dir(TINY)) == load_config(checkpoint_dir(TINY))
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("architectures", ["LlavaLladaForMaskedDiffusion"]),
+        ("architectures", ["LlavaQwenForCausalLM"]),
         ("architectures", None),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
@@ -137,12 +176,12 @@ def test_tower_is_found_beside_below_and_by_absolute_name(tmp_path: Path) -> Non
     ]:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"vision_config": _vision_config()}))
-        assert LladaVConfig.from_dict({**_raw(), "mm_vision_tower": name}, model_dir).tower == expected
+        assert DvlmConfig.from_dict({**_raw(), "mm_vision_tower": name}, model_dir).tower == expected
 
 
 def test_tower_in_the_checkpoints_own_config_wins(tmp_path: Path) -> None:
     raw = {**_raw(), "mm_vision_tower": "google/siglip2-so400m-patch14-384", "vision_config": _vision_config()}
-    assert LladaVConfig.from_dict(raw, tmp_path).tower == load_config(checkpoint_dir(TINY)).tower
+    assert DvlmConfig.from_dict(raw, tmp_path).tower == load_config(checkpoint_dir(TINY)).tower
 
 
 def test_published_tower_needs_no_folder(tmp_path: Path) -> None:
@@ -152,7 +191,7 @@ def test_published_tower_needs_no_folder(tmp_path: Path) -> None:
         "mm_hidden_size": 1152,
         "image_grid_pinpoints": [[384, 768], [768, 384]],
     }
-    tower = LladaVConfig.from_dict(raw, tmp_path).tower
+    tower = DvlmConfig.from_dict(raw, tmp_path).tower
     assert tower == SO400M_PATCH14_384
     assert tower.side == 27
 
@@ -161,7 +200,7 @@ def test_unknown_tower_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"mm_vision_tower 'x/clip' is not known: put the tower's folder at .*/clip or"
     ):
-        LladaVConfig.from_dict({**_raw(), "mm_vision_tower": "x/clip"}, tmp_path / "mine")
+        DvlmConfig.from_dict({**_raw(), "mm_vision_tower": "x/clip"}, tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -178,27 +217,31 @@ def test_unknown_tower_is_refused_with_the_remedy(tmp_path: Path) -> None:
 def test_broken_tower_is_refused(change: dict[str, Any], message: str) -> None:
     raw = {**_raw(), "vision_config": {**_vision_config(), **change}}
     with pytest.raises(ValueError, match=message):
-        LladaVConfig.from_dict(raw, checkpoint_dir(TINY))
+        DvlmConfig.from_dict(raw, checkpoint_dir(TINY))
 
 
-@pytest.mark.parametrize("checkpoint", LLADA_V)
+@pytest.mark.parametrize("checkpoint", ALL)
 def test_every_parameter_is_the_checkpoints(checkpoint: str) -> None:
-    model = LladaV(load_config(checkpoint_dir(checkpoint)))
+    model = Dvlm(load_config(checkpoint_dir(checkpoint)))
     loaded = load_weights(model, checkpoint_weights(checkpoint_dir(checkpoint)))
     assert loaded == {name for name, _ in model.named_parameters()}
     stored = load_file(checkpoint_dir(checkpoint) / "model.safetensors")
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, stored[checkpoint_name(name)]), name
+        assert torch.equal(parameter, stored[checkpoint_name(name, model.config.family.layout)]), name
 
 
-def test_names_lead_back_and_only_the_unused_norm_is_left_out() -> None:
-    names = set(_weights())
-    assert {name for name in names if rename(name) is None} == {
-        f"{TOWER}post_layernorm.{part}" for part in ("weight", "bias")
-    }
-    for name in names:
-        target = rename(name)
-        assert target is None or checkpoint_name(target) == name
+@pytest.mark.parametrize(
+    ("checkpoint", "layout"), [(TINY, "llama"), ("tiny-lavida", "olmo"), ("tiny-lavida-dream", "llama")]
+)
+def test_names_lead_back_and_only_the_unused_norm_is_left_out(checkpoint: str, layout: str) -> None:
+    names = set(_weights(checkpoint))
+    assert load_config(checkpoint_dir(checkpoint)).family.layout == layout
+    unused = {f"{TOWER}post_layernorm.{part}" for part in ("weight", "bias")} & names
+    assert {name for name in names if rename(name, layout) is None} == unused
+    for name in names - unused:
+        target = rename(name, layout)
+        assert target is not None
+        assert checkpoint_name(target, layout) == name
 
 
 def test_sharded_checkpoint_loads_the_same(tmp_path: Path) -> None:
@@ -235,6 +278,17 @@ def test_missing_tensors_are_named_as_in_the_checkpoint() -> None:
         del weights[name]
     with pytest.raises(ValueError, match=r"^checkpoint lacks 2 tensors: model\.image_newline, model\.norm\.weight$"):
         load_weights(_model(), weights.items())
+
+
+def test_missing_and_unknown_tensors_of_lavida_are_named_as_in_its_checkpoint() -> None:
+    weights = _weights("tiny-lavida")
+    missing = {"model.transformer.ff_out.weight", "model.transformer.blocks.2.ff_out.weight"}
+    left = {name: tensor for name, tensor in weights.items() if name not in missing}
+    with pytest.raises(ValueError, match=f"^checkpoint lacks 2 tensors: {', '.join(sorted(missing))}$"):
+        load_weights(Dvlm(load_config(checkpoint_dir("tiny-lavida"))), left.items())
+    strange = {"model.transformer.blocks.0.q_norm.weight": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"that the model does not: model\.transformer\.blocks\.0\.q_norm"):
+        load_weights(Dvlm(load_config(checkpoint_dir("tiny-lavida"))), (weights | strange).items())
 
 
 def test_missing_tower_layer_is_named() -> None:

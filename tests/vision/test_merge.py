@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -13,17 +14,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 from golden_data import Case, cases
-from redvtp.models.config import SO400M_PATCH14_384, LladaVConfig, load_config
+from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, load_config
 from redvtp.vision.merge import merge_tiles, visual_token_boxes, visual_token_count
 from redvtp.vision.tiling import ImageMode, choose_grid, image_mode, tile_image
 from vision_geometries import GEOMETRIES, LLADA_V, SIZES, with_geometry
 
 CONFIGS = st.sampled_from(list(GEOMETRIES.values()))
 _REFUSED = "is too narrow|limit where images are padded"
-MODES = st.sampled_from([ImageMode("anyres", True), ImageMode("pad", True), ImageMode("pad", False)])
+ALL_MODES = [
+    ImageMode("anyres", True),
+    ImageMode("pad", True),
+    ImageMode("pad", False),
+    ImageMode("anyres", True, pooled=True),
+    ImageMode("pad", True, pooled=True),
+]
+MODES = st.sampled_from(ALL_MODES)
 
 
-def _num_tiles(size: tuple[int, int], config: LladaVConfig, mode: ImageMode) -> int:
+def _num_tiles(size: tuple[int, int], config: DvlmConfig, mode: ImageMode) -> int:
     if mode.mode == "pad":
         return 1
     canvas = choose_grid(*size, config).canvas
@@ -41,7 +49,7 @@ def test_count_from_the_size_equals_the_reference(case: Case) -> None:
     config = load_config(case.model_dir, case.config_overrides)
     sizes = case.meta["image_sizes"]
     mode = image_mode(config, len(sizes))
-    counts = [visual_token_count(size[0], size[1], config, mode.mode, mode.newline) for size in sizes]
+    counts = [visual_token_count(size[0], size[1], config, mode) for size in sizes]
     assert sum(counts) == case.meta["num_visual_tokens_total"]
 
 
@@ -59,18 +67,34 @@ def test_merged_projected_features_equal_the_reference(case: Case) -> None:
     torch.testing.assert_close(merged, case.base("visual_tokens"), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("size", "tokens"), [((768, 768), 196 + 28 * 29), ((384, 384), 196 + 14 * 15)])
+def test_lavida_pools_27_patches_to_14_tokens(size: tuple[int, int], tokens: int) -> None:
+    pinpoints = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
+    config = with_geometry(SO400M_PATCH14_384, "anyres", pinpoints)
+    assert visual_token_count(*size, config, ImageMode("anyres", newline=True, pooled=True)) == tokens
+
+
+@pytest.mark.parametrize("case", cases(tensor="pooled_features"), ids=str)
+def test_pooled_tile_is_the_references(case: Case) -> None:
+    """In "pad" mode the tokens of an image are its one tile, so every tile can be looked at by itself."""
+    config = load_config(case.model_dir)
+    mode = ImageMode("pad", newline=False, pooled=True)
+    for tile, expected in zip(case.base("projected_features"), case.base("pooled_features"), strict=True):
+        assert torch.equal(merge_tiles(tile[None], (9, 9), _newline(case), config, mode), expected)
+
+
 def test_square_image_of_four_tiles_has_the_most_tokens_of_llada_v() -> None:
-    assert visual_token_count(768, 768, LLADA_V, "anyres", True) == 729 + 54 * 55 == 3699
+    assert visual_token_count(768, 768, LLADA_V, ImageMode("anyres", newline=True)) == 729 + 54 * 55 == 3699
 
 
 @given(size=SIZES, config=CONFIGS, mode=MODES)
 @settings(deadline=None)
 def test_count_is_the_number_of_merged_tokens_and_of_boxes(
-    size: tuple[int, int], config: LladaVConfig, mode: ImageMode
+    size: tuple[int, int], config: DvlmConfig, mode: ImageMode
 ) -> None:
     features = torch.zeros(_num_tiles(size, config, mode), config.tower.side**2, 1)
     try:
-        count = visual_token_count(*size, config, mode.mode, mode.newline)
+        count = visual_token_count(*size, config, mode)
     except ValueError as error:
         # Only some sizes of some geometries are refused.
         assert re.search(_REFUSED, str(error))  # noqa: PT017
@@ -80,13 +104,13 @@ def test_count_is_the_number_of_merged_tokens_and_of_boxes(
             merge_tiles(features, size, torch.ones(1), config, mode)
         return
     merged = merge_tiles(features, size, torch.ones(1), config, mode)
-    boxes = visual_token_boxes(*size, config, mode.mode, mode.newline)
+    boxes = visual_token_boxes(*size, config, mode)
     assert merged.shape == (count, 1)
     # The features are zeros and the newline is one, so the newlines show where they are.
     assert [box is None for box in boxes] == [bool(value) for value in merged[:, 0]]
 
 
-def _merge_by_hand(features: Tensor, size: tuple[int, int], newline: Tensor, config: LladaVConfig) -> Tensor:
+def _merge_by_hand(features: Tensor, size: tuple[int, int], newline: Tensor, config: DvlmConfig) -> Tensor:
     """The token order without any tensor trick, for grids that are not scaled down."""
     side, tile = config.tower.side, config.tower.image_size
     canvas = choose_grid(*size, config).canvas
@@ -126,8 +150,20 @@ def _position_image(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-b", "no limit", "limit of one tile", "few pinpoints"])
-@pytest.mark.parametrize("mode", [ImageMode("anyres", True), ImageMode("pad", True), ImageMode("pad", False)], ids=str)
-@pytest.mark.parametrize("size", [(300, 200), (200, 300), (333, 140), (97, 500), (256, 256), (620, 410)])
+@pytest.mark.parametrize(
+    ("mode", "size"),
+    [
+        *itertools.product(
+            [mode for mode in ALL_MODES if not mode.pooled],
+            [(300, 200), (200, 300), (333, 140), (97, 500), (256, 256), (620, 410)],
+        ),
+        # Pooling weighs patches unevenly, so there is no telling what a token at the edge of the padding saw. These
+        # sizes have none.
+        *itertools.product([ImageMode("anyres", True, pooled=True)], [(300, 300), (300, 600), (600, 300)]),
+        (ImageMode("pad", True, pooled=True), (300, 300)),
+    ],
+    ids=str,
+)
 def test_a_token_is_made_of_the_pixels_in_its_box(name: str, mode: ImageMode, size: tuple[int, int]) -> None:
     """Patches are averaged instead of run through a tower, so a token holds the mean position of the pixels it saw."""
     config = GEOMETRIES[name]
@@ -137,7 +173,7 @@ def test_a_token_is_made_of_the_pixels_in_its_box(name: str, mode: ImageMode, si
     tokens = merge_tiles(means, size, torch.zeros(3), config, mode)
     padding = -1.0 if mode.mode == "anyres" else 127 / 127.5 - 1
     compared = 0
-    for token, box in zip(tokens, visual_token_boxes(*size, config, mode.mode, mode.newline), strict=True):
+    for token, box in zip(tokens, visual_token_boxes(*size, config, mode), strict=True):
         image_share = (token[2] - padding) / (1 - padding)
         if box is None or image_share < 0.2:
             continue  # a newline, or hardly anything but padding
@@ -146,14 +182,14 @@ def test_a_token_is_made_of_the_pixels_in_its_box(name: str, mode: ImageMode, si
         # Resize filters and the gradient's bytes blur positions a little; a wrong patch is 5 % off or more.
         assert (centre - seen).abs().max() < 0.03
         compared += 1
-    assert compared >= side
+    assert compared >= mode.tile_side(config)
 
 
 @given(size=SIZES, config=CONFIGS, mode=MODES)
 @settings(deadline=None)
-def test_boxes_lie_in_the_image(size: tuple[int, int], config: LladaVConfig, mode: ImageMode) -> None:
+def test_boxes_lie_in_the_image(size: tuple[int, int], config: DvlmConfig, mode: ImageMode) -> None:
     try:
-        boxes = visual_token_boxes(*size, config, mode.mode, mode.newline)
+        boxes = visual_token_boxes(*size, config, mode)
     except ValueError as error:
         assert re.search(_REFUSED, str(error))  # noqa: PT017
         return
@@ -165,14 +201,14 @@ def test_boxes_lie_in_the_image(size: tuple[int, int], config: LladaVConfig, mod
 def test_line_of_pixels_keeps_its_base_tile_like_the_reference() -> None:
     """Unpadding 1 row to 4 patches leaves none of them: the reference goes on with the base tile alone."""
     config = GEOMETRIES["tiny"]
-    assert visual_token_count(20_000, 1, config, "anyres", True) == 16
+    assert visual_token_count(20_000, 1, config, ImageMode("anyres", newline=True)) == 16
     # An odd number of patches leaves the middle row.
-    assert visual_token_count(20_000, 1, LLADA_V, "anyres", True) == 729 + 28
+    assert visual_token_count(20_000, 1, LLADA_V, ImageMode("anyres", newline=True)) == 729 + 28
 
 
 def test_scaled_to_nothing_is_refused_with_the_size() -> None:
     with pytest.raises(ValueError, match="image of 300x50 is too narrow"):
-        visual_token_count(300, 50, GEOMETRIES["one patch, one tile"], "anyres", True)
+        visual_token_count(300, 50, GEOMETRIES["one patch, one tile"], ImageMode("anyres", newline=True))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +222,7 @@ def test_scaled_to_nothing_is_refused_with_the_size() -> None:
 )
 def test_grid_is_scaled_down_only_from_a_tenth_over_the_limit(size: tuple[int, int], rows: int, cols: int) -> None:
     config = with_geometry(SO400M_PATCH14_384, "anyres_max_4", [(3, 2)])
-    assert visual_token_count(*size, config, "anyres", True) == 729 + rows * (cols + 1)
+    assert visual_token_count(*size, config, ImageMode("anyres", newline=True)) == 729 + rows * (cols + 1)
 
 
 def test_features_of_another_image_are_refused() -> None:

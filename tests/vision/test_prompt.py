@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from golden_data import Case, cases, checkpoint_dir
+from golden_data import LAVIDA, LLADA_V, Case, cases, checkpoint_dir
+from redvtp.models.config import load_config
 from redvtp.prompt import (
     IMAGE_MARK,
     build_prompt_tokens,
@@ -33,10 +34,12 @@ def _tokenizer(checkpoint: str = "tiny-llada-v") -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_template_is_the_references(case: Case) -> None:
-    assert chat_prompt(_tokenizer(case.checkpoint), case.question, len(case.image_files)) == case.prompt
+    template = load_config(case.model_dir).family.template
+    prompt = chat_prompt(_tokenizer(case.checkpoint), case.question, len(case.image_files), template=template)
+    assert prompt == case.prompt
 
 
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize("case", cases(*LLADA_V, *LAVIDA), ids=str)
 def test_template_is_the_checkpoints_own_chat_template(case: Case) -> None:
     """A server that renders messages with the checkpoint's template gives the model the same prompt."""
     tokenizer = _tokenizer(case.checkpoint)
@@ -104,10 +107,20 @@ def test_number_of_pieces_must_fit_the_images() -> None:
         build_prompt_tokens([[1], [2]], [3, 3], 0)
 
 
-def test_special_tokens_of_the_tiny_tokenizer_are_those_of_the_golden_data() -> None:
-    special = special_tokens(_tokenizer())
-    assert (special.mask_id, special.bos_id, special.eos_id, special.eot_id) == (584, 576, 577, 593)
-    assert special.suppressed == (576, 577, 591, 592)
+@pytest.mark.parametrize(
+    ("checkpoint", "end_ids", "suppressed"),
+    [
+        ("tiny-llada-v", (577, 593), (576, 577, 591, 592)),
+        ("tiny-lavida", (577, 593), ()),
+        ("tiny-lavida-dream", (577,), ()),
+    ],
+)
+def test_special_tokens_of_the_tiny_tokenizer_are_those_of_the_golden_data(
+    checkpoint: str, end_ids: tuple[int, ...], suppressed: tuple[int, ...]
+) -> None:
+    special = special_tokens(_tokenizer(checkpoint), load_config(checkpoint_dir(checkpoint)))
+    assert (special.mask_id, special.end_ids) == (584, end_ids)
+    assert special.suppressed == suppressed
     assert special.placeholder_id == 580
     assert special.vocab == 594
 
@@ -118,7 +131,14 @@ def test_tokenizer_without_the_special_tokens_is_refused_by_name() -> None:
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|startoftext|>", "<|endoftext|>", "<|eot_id|>"]})
     with pytest.raises(ValueError, match=r"lacks 4 special tokens of LLaDA-V: <\|mdm_mask\|>, <\|start_header_id\|>"):
-        special_tokens(tokenizer)
+        special_tokens(tokenizer, load_config(checkpoint_dir("tiny-llada-v")))
+
+
+@pytest.mark.parametrize(("key", "token"), [("mask_token_id", None), ("mask_token_id", 594), ("eos_token_id", None)])
+def test_dream_checkpoint_without_its_special_ids_is_refused(key: str, token: int | None) -> None:
+    config = load_config(checkpoint_dir("tiny-lavida-dream"), {key: token})
+    with pytest.raises(ValueError, match=rf"must have a {key} that the tokenizer has \(of 594 tokens\), got {token}"):
+        special_tokens(_tokenizer("tiny-lavida-dream"), config)
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from golden_data import Case, cases
-from redvtp.models.config import LladaVConfig, load_config
+from redvtp.models.config import DvlmConfig, load_config
 from redvtp.vision.images import open_image
 from redvtp.vision.tiling import ImageMode, choose_grid, image_mode, tile_image
 from vision_geometries import GEOMETRIES, LLADA_V, SIZES
@@ -36,7 +36,7 @@ def test_mode_follows_the_checkpoint_for_one_image_and_pads_several() -> None:
     assert image_mode(anyres, 2) == image_mode(padding, 3) == ImageMode("pad", newline=False)
 
 
-def _choose_by_hand(width: int, height: int, config: LladaVConfig) -> tuple[int, int]:
+def _choose_by_hand(width: int, height: int, config: DvlmConfig) -> tuple[int, int]:
     """The rule spelled out: most effective pixels, then least waste, then list order."""
     best, best_effective, best_waste = None, 0, math.inf
     for across, down in config.image_grid_pinpoints:
@@ -50,7 +50,7 @@ def _choose_by_hand(width: int, height: int, config: LladaVConfig) -> tuple[int,
 
 
 @given(size=SIZES, config=CONFIGS)
-def test_the_pinpoint_is_the_rules_and_the_image_lies_inside_it(size: tuple[int, int], config: LladaVConfig) -> None:
+def test_the_pinpoint_is_the_rules_and_the_image_lies_inside_it(size: tuple[int, int], config: DvlmConfig) -> None:
     grid = choose_grid(*size, config)
     assert grid.canvas == _choose_by_hand(*size, config)
     for axis in (0, 1):
@@ -61,7 +61,7 @@ def test_the_pinpoint_is_the_rules_and_the_image_lies_inside_it(size: tuple[int,
 
 @given(size=st.tuples(st.integers(1, 300), st.integers(1, 300)), config=CONFIGS.filter(lambda c: c is not LLADA_V))
 @settings(deadline=None, max_examples=40)
-def test_tiles_stitch_back_to_the_padded_image(size: tuple[int, int], config: LladaVConfig) -> None:
+def test_tiles_stitch_back_to_the_padded_image(size: tuple[int, int], config: DvlmConfig) -> None:
     image = Image.effect_noise(size, 80).convert("RGB")
     grid = choose_grid(*size, config)
     tile = config.tower.image_size

@@ -11,7 +11,7 @@ from transformers import SiglipVisionConfig
 
 from golden_data import Case, cases, checkpoint_dir
 from redvtp.models.config import SO400M_PATCH14_384, load_config
-from redvtp.models.llada_v import LladaV
+from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
 from redvtp.vision.images import open_image
 from redvtp.vision.tiling import image_mode, tile_image
@@ -22,8 +22,8 @@ TOLERANCE = 1e-4
 
 
 @cache
-def _model(checkpoint: str) -> LladaV:
-    model = LladaV(load_config(checkpoint_dir(checkpoint)))
+def _model(checkpoint: str) -> Dvlm:
+    model = Dvlm(load_config(checkpoint_dir(checkpoint)))
     load_weights(model, checkpoint_weights(checkpoint_dir(checkpoint)))
     return model.eval().float()
 
@@ -83,7 +83,7 @@ def test_the_towers_own_repository_holds_other_weights() -> None:
 def test_tower_built_on_the_meta_device_works_after_loading() -> None:
     directory = checkpoint_dir("tiny-llada-v")
     with torch.device("meta"):
-        model = LladaV(load_config(directory))
+        model = Dvlm(load_config(directory))
     model.vision_tower.to_empty(device="cpu")
     tower = {
         name.split("vision_model.")[1]: tensor

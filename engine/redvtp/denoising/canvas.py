@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redvtp.denoising.schedule import canvas_blocks, transfer_table
+from redvtp.denoising.schedule import Schedule, block_counts, canvas_blocks, even_counts
 
 
 class Canvas:
@@ -22,6 +22,8 @@ class Canvas:
     stop_sequences: token sequences; the answer ends before the first position where one of them starts, wherever the
         model decides it first.
     committed: leading tokens that are decided already (a request that was preempted after it had streamed them).
+    draft: what the canvas begins with, the mask id where it is undecided; the rest of it never changes.
+    schedule: spreads the tokens a block still has to decide when it becomes active over its steps.
     """
 
     def __init__(
@@ -32,14 +34,18 @@ class Canvas:
         mask_id: int,
         stop_sequences: tuple[tuple[int, ...], ...] = (),
         committed: tuple[int, ...] = (),
+        schedule: Schedule = even_counts,
+        draft: tuple[int, ...] = (),
     ) -> None:
         self.tokens = torch.full((gen_length,), mask_id, dtype=torch.int64)
+        self.tokens[: len(draft)] = torch.tensor(draft, dtype=torch.int64)
         self.tokens[: len(committed)] = torch.tensor(committed, dtype=torch.int64)
         self.mask_id = mask_id
         self.steps_done = 0
         self._stops = tuple(stop for stop in stop_sequences if stop)
         self._bounds = canvas_blocks(gen_length, block_length)
-        self._table = transfer_table(gen_length, block_length, steps)
+        self._steps = even_counts(steps, len(self._bounds))
+        self._schedule = schedule
         self._block = 0
         self._step_in_block = 0
         self._emitted = len(committed)
@@ -47,6 +53,7 @@ class Canvas:
         self._stop_at: int | None = None
         self._stop_length = 0
         self._skip_decided_blocks()
+        self._counts = self._plan_block()
 
     @property
     def gen_length(self) -> int:
@@ -92,8 +99,17 @@ class Canvas:
         return rows[rows >= start]
 
     def tokens_to_commit(self) -> int:
-        """Size of the next commit, by the table of the active block."""
-        return self._table[self._block][self._step_in_block]
+        """Size of the next commit, by the schedule of the active block."""
+        return self._counts[self._step_in_block]
+
+    def decide(self, row: int, token: int) -> None:
+        """Write a token that no step has to find; what is decided already stays."""
+        if self.tokens[row] == self.mask_id:
+            self.tokens[row] = token
+            self._find_stop()
+            self._skip_decided_blocks()
+            if self._step_in_block == 0:
+                self._counts = self._plan_block()
 
     def commit(self, rows: Tensor, tokens: Tensor) -> None:
         """Write `tokens` [selected] at canvas positions `rows` [selected] and move on to the next step."""
@@ -101,9 +117,11 @@ class Canvas:
         self.steps_done += 1
         self._step_in_block += 1
         self._find_stop()
-        if self._step_in_block == len(self._table[self._block]):
+        if self._step_in_block == len(self._counts):
             self._block, self._step_in_block = self._block + 1, 0
         self._skip_decided_blocks()
+        if self._step_in_block == 0:
+            self._counts = self._plan_block()
 
     def resolved_growth(self) -> list[int]:
         """Tokens that became final since the last call: the canvas up to its first undecided position.
@@ -127,6 +145,12 @@ class Canvas:
         """The canvas, cut before the stop sequence if there is one."""
         answer: list[int] = self.tokens[: self.answer_length].tolist()
         return answer
+
+    def _plan_block(self) -> tuple[int, ...]:
+        """Tokens to commit in each step of the active block, for what it still has to decide."""
+        start, end = self._bounds[self.block]
+        undecided = int(self.masked()[start:end].sum())
+        return block_counts(undecided, self._steps[self.block], self._schedule)
 
     def _skip_decided_blocks(self) -> None:
         if self._stop_at is not None and not bool(self.masked()[: self._stop_at].any()):

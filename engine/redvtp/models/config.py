@@ -1,7 +1,7 @@
-"""What the engine needs to know about a LLaDA-V checkpoint, read from its `config.json` and checked once.
+"""What the engine needs to know about a checkpoint, read from its `config.json` and checked once.
 
 `load_config(model_dir)` is the only reader of that file. A checkpoint this engine cannot run exactly is refused here,
-with the key, its value and what is supported, so nothing further down has to guess. `LladaVConfig.from_dict` takes the
+with the key, its value and what is supported, so nothing further down has to guess. `DvlmConfig.from_dict` takes the
 same keys from a mapping (vLLM hands its own copy of them over).
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURE = "LlavaLLaDAModelLM"
+from redvtp.models.families import Family, family_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class TowerConfig:
         return self.num_hidden_layers + 1 + select_layer
 
 
-# The tower repository is often not at hand, and LLaDA-V's config.json names it without its geometry.
+# The tower repository is often not at hand, and config.json names it without its geometry. SigLIP and SigLIP 2 agree.
 SO400M_PATCH14_384 = TowerConfig(
     hidden_size=1152,
     intermediate_size=4304,
@@ -76,13 +76,16 @@ SO400M_PATCH14_384 = TowerConfig(
 
 
 @dataclass(frozen=True, slots=True)
-class LladaVConfig:
-    """A LLaDA-V checkpoint's numbers, under the names its `config.json` uses.
+class DvlmConfig:
+    """A checkpoint's numbers, under the names most of the families' `config.json` use.
 
+    family: what the architecture implies. vocab_size: rows of the embedding and of the head.
+    mask_token_id: as the checkpoint says; None leaves it to the tokenizer.
     image_grid_pinpoints: (width, height) in pixels, each a multiple of the tile; the order breaks ties.
     tokenizer_model_max_length: longest prompt the checkpoint was trained for, None when it does not say.
     """
 
+    family: Family
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -96,6 +99,7 @@ class LladaVConfig:
     tokenizer_model_max_length: int | None
     torch_dtype: str
     eos_token_id: int | None
+    mask_token_id: int | None
     image_aspect_ratio: str
     image_grid_pinpoints: tuple[tuple[int, int], ...]
     mm_hidden_size: int
@@ -108,33 +112,44 @@ class LladaVConfig:
         return min(self.max_position_embeddings, self.tokenizer_model_max_length or self.max_position_embeddings)
 
     @property
+    def qkv_bias(self) -> bool:
+        return self.family.qkv_bias
+
+    @property
     def max_grid_tiles(self) -> int | None:
         """k of `anyres_max_k`: the grid's features are scaled down to about k tiles. None: no limit."""
         match = re.fullmatch(r"anyres_max_(\d+)", self.image_aspect_ratio)
         return int(match.group(1)) if match else None
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], model_dir: str | Path) -> LladaVConfig:
+    def from_dict(cls, raw: Mapping[str, Any], model_dir: str | Path) -> DvlmConfig:
         """Checks and picks the keys; `model_dir` is only where a tower named by a relative path is looked for."""
-        _check_supported(raw)
+        family = family_of(raw.get("architectures"))
+        _check_supported(raw, family)
         tower = _tower_config(raw, Path(model_dir))
-        heads = _integer(raw, "num_attention_heads")
-        hidden = _integer(raw, "hidden_size")
+
+        def size(name: str, default: int | None = None) -> int:
+            return _integer(raw, family.keys.get(name, name), default)
+
+        heads = size("num_attention_heads")
+        hidden = size("hidden_size")
         select_layer = int(raw.get("mm_vision_select_layer", -2))
         config = cls(
+            family=family,
             hidden_size=hidden,
-            intermediate_size=_integer(raw, "intermediate_size"),
-            num_hidden_layers=_integer(raw, "num_hidden_layers"),
+            intermediate_size=size("intermediate_size"),
+            num_hidden_layers=size("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=_integer(raw, "num_key_value_heads", default=heads),
-            head_dim=_integer(raw, "head_dim", default=hidden // heads),
+            num_key_value_heads=size("num_key_value_heads", default=heads),
+            head_dim=size("head_dim", default=hidden // heads),
             rms_norm_eps=float(_number(raw, "rms_norm_eps")),
             rope_theta=_rope_theta(raw),
-            vocab_size=_integer(raw, "vocab_size"),
-            max_position_embeddings=_integer(raw, "max_position_embeddings"),
+            vocab_size=size("vocab_size"),
+            max_position_embeddings=size("max_position_embeddings"),
             tokenizer_model_max_length=_optional_integer(raw, "tokenizer_model_max_length"),
             torch_dtype=_dtype_name(raw),
             eos_token_id=_optional_integer(raw, "eos_token_id"),
+            mask_token_id=_optional_integer(raw, "mask_token_id"),
             image_aspect_ratio=str(raw["image_aspect_ratio"]),
             image_grid_pinpoints=_pinpoints(raw, tower.image_size),
             mm_hidden_size=_integer(raw, "mm_hidden_size"),
@@ -158,10 +173,10 @@ class LladaVConfig:
         return config
 
 
-def load_config(model_dir: str | Path, overrides: Mapping[str, Any] | None = None) -> LladaVConfig:
+def load_config(model_dir: str | Path, overrides: Mapping[str, Any] | None = None) -> DvlmConfig:
     """Reads `model_dir/config.json`; `overrides` replaces top-level keys before anything is checked."""
     path = Path(model_dir) / "config.json"
-    return LladaVConfig.from_dict({**_read_json(path), **(overrides or {})}, model_dir)
+    return DvlmConfig.from_dict({**_read_json(path), **(overrides or {})}, model_dir)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -176,39 +191,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-# key -> (what a missing key means, what is supported). Each is a place where the reference would compute something
-# else.
-_SUPPORTED: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "hidden_act": ("silu", ("silu",)),
-    "attention_bias": (False, (False,)),
-    "mlp_bias": (False, (False,)),
-    "tie_word_embeddings": (False, (False,)),
-    "rope_scaling": (None, (None,)),
-    "mm_patch_merge_type": ("flat", ("spatial_unpad",)),
-    "mm_projector_type": ("linear", ("mlp2x_gelu",)),
-    "mm_vision_select_layer": (-2, (-2,)),
-    "mm_vision_select_feature": ("patch", ("patch",)),
-    "mm_resampler_type": (None, (None,)),
-    "mm_use_im_start_end": (False, (False,)),
-    "mm_use_im_patch_token": (False, (False,)),
-    "use_pos_skipping": (False, (False,)),
-}
-
-
-def _check_supported(raw: Mapping[str, Any]) -> None:
-    architectures = raw.get("architectures")
-    if list(architectures or ()) != [ARCHITECTURE]:
-        # LaViDa says model_type llava_llada too: only the architecture tells the two apart.
-        raise ValueError(f"architectures {architectures!r} is not supported; supported: ['{ARCHITECTURE}']")
-    for key, (default, supported) in _SUPPORTED.items():
+def _check_supported(raw: Mapping[str, Any], family: Family) -> None:
+    for key, (default, supported) in family.supported.items():
         value = raw.get(key, default)
         if key == "rope_scaling" and isinstance(value, Mapping) and _is_plain_rope(value):
             continue
         if value not in supported:
             raise ValueError(f"{key} {value!r} is not supported; supported: {', '.join(map(repr, supported))}")
     ratio = raw.get("image_aspect_ratio")
-    if not isinstance(ratio, str) or not re.fullmatch(r"anyres(_max_[1-9]\d*)?|pad", ratio):
-        raise ValueError(f"image_aspect_ratio {ratio!r} is not supported; supported: 'anyres', 'anyres_max_<k>', 'pad'")
+    if not isinstance(ratio, str) or not re.fullmatch(family.aspect_ratios, ratio):
+        raise ValueError(f"image_aspect_ratio {ratio!r} is not supported; supported: {family.allowed_ratios}")
 
 
 def _is_plain_rope(rope: Mapping[str, Any]) -> bool:

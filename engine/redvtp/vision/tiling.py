@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from redvtp.models.config import LladaVConfig
+from redvtp.models.config import DvlmConfig
 from redvtp.vision.images import validate_padded_size, validate_size
 
 Mode = Literal["anyres", "pad"]
@@ -32,19 +32,25 @@ class ImageMode:
     """How the images of one request are tiled.
 
     newline: a newline token ends the image's tokens ("pad"); "anyres" always has one at the end of each row.
+    pooled: every tile is pooled 2x2.
     """
 
     mode: Mode
     newline: bool
+    pooled: bool = False
+
+    def tile_side(self, config: DvlmConfig) -> int:
+        """Visual tokens along one side of a tile: its patches, or what pooling leaves of them (27 -> 14)."""
+        return -(-config.tower.side // 2) if self.pooled else config.tower.side
 
 
-def image_mode(config: LladaVConfig, num_images: int) -> ImageMode:
-    """Several images in one request are padded and have no newline token, as the official evaluation passes them."""
+def image_mode(config: DvlmConfig, num_images: int) -> ImageMode:
+    """Several images in one request are padded, have no newline token and are never pooled, as the official evaluations
+    pass them."""
     if num_images > 1:
         return ImageMode("pad", newline=False)
-    if config.image_aspect_ratio == "pad":
-        return ImageMode("pad", newline=True)
-    return ImageMode("anyres", newline=True)
+    mode: Mode = "pad" if config.image_aspect_ratio == "pad" else "anyres"
+    return ImageMode(mode, newline=True, pooled=config.family.pooled_tiles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ class Grid:
     offset: tuple[int, int]
 
 
-def choose_grid(width: int, height: int, config: LladaVConfig) -> Grid:
+def choose_grid(width: int, height: int, config: DvlmConfig) -> Grid:
     """The pinpoint that keeps most of the image's pixels; of equals, the least wasteful, then the first listed."""
     validate_size(width, height)
     canvas = max(config.image_grid_pinpoints, key=lambda pinpoint: _pinpoint_rank(width, height, pinpoint))
@@ -75,7 +81,7 @@ def _pinpoint_rank(width: int, height: int, pinpoint: tuple[int, int]) -> tuple[
     return effective, effective - pinpoint[0] * pinpoint[1]
 
 
-def tile_image(image: Image.Image, config: LladaVConfig, mode: Mode) -> Tensor:
+def tile_image(image: Image.Image, config: DvlmConfig, mode: Mode) -> Tensor:
     """Returns [tiles, 3, tile, tile] float32 in [-1, 1]; for "anyres" the squashed whole image is tile 0."""
     tile = config.tower.image_size
     if mode == "pad":
