@@ -48,7 +48,9 @@ WITH_PIXELS = {
     ("tiny-llada-v-b", "small_square"),
 }
 WITH_ATTENTION = {("tiny-llada-v", "tall"), ("tiny-llada-v-b", "small_square")}
-WITH_PREFIX_PAGES = {("tiny-lavida", "pad_list")}
+# One tile: small enough for what is between the pixels and the visual tokens, and for the pages of a prompt.
+WITH_STAGES = {("tiny-lavida", "pad_list")}
+STAGES = {"vision_features", "projected_features", "pooled_features", "prefix_k_layer0", "prefix_v_layer3"}
 
 RUN_TENSORS = {"x", "output", "importance", "kept"}
 # Logits of the first step after a pruning. Those of a first step are in the base file.
@@ -83,8 +85,8 @@ def copy_case(source: Path, target: Path, checkpoint: str, case: str) -> None:
         keep.add("fwd_attn_resp_mean")
     if (checkpoint, case) in WITH_LOGITS:
         keep |= LOGITS
-    if (checkpoint, case) in WITH_PREFIX_PAGES:
-        keep |= {"prefix_k_layer0", "prefix_v_layer3"}
+    if (checkpoint, case) in WITH_STAGES:
+        keep |= STAGES
     base = load_file(source / "base.safetensors")
     save_file({name: compact(name, base[name]) for name in sorted(keep & base.keys())}, target / "base.safetensors")
     write_json(target / "base.json", json.loads((source / "base.json").read_text()))
