@@ -1,4 +1,4 @@
-"""What only LaViDa has, through vLLM: chat formats, two ranks on its layouts, blocks back from a prompt that stays."""
+"""What only LaViDa has, through vLLM: chat formats, drafts, blocks back from a prompt that stays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 
 import golden_data
 from golden_data import Run
-from plugin.requests import answer_of, free_blocks, prompt_of, sampling_of, usable_blocks
+from plugin.requests import free_blocks, prompt_of, sampling_of, usable_blocks
 from redvtp.denoising.draft import draft_tokens
 from redvtp.kv.blocks import blocks_needed
 
@@ -88,22 +88,3 @@ def test_a_draft_over_the_limit_the_client_named_is_refused(llm_factory: LlmFact
     sampling = SamplingParams(max_tokens=3, extra_args={"redvtp_draft": "<mask>" * 4})
     with pytest.raises(VLLMValidationError, match="draft has 4 tokens, more than gen_length 3"):
         llm.generate([prompt_of(golden_data.Case("tiny-lavida", "wide"))], sampling)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-def test_two_ranks_give_the_tokens_of_one(checkpoint: str) -> None:
-    """Float32. Heads, key heads and (Dream) biases are split over two processes."""
-    runs = [run for run in RUNS if run.case.checkpoint == checkpoint]
-    llm = LLM(
-        str(golden_data.checkpoint_dir(checkpoint)),
-        dtype="float32",
-        tensor_parallel_size=2,
-        disable_log_stats=True,
-    )
-    try:
-        outputs = llm.generate([prompt_of(run.case) for run in runs], [sampling_of(run) for run in runs])
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-    for run, output in zip(runs, outputs, strict=True):
-        assert answer_of(run, list(output.outputs[0].token_ids), llm.get_tokenizer()) == run.output

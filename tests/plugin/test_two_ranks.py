@@ -1,0 +1,46 @@
+"""Tensor parallelism: heads, key heads and biases split over two processes, and the tokens are the reference's."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import golden_data
+
+TESTS = Path(__file__).resolve().parents[1]
+# Of each family: without and with pruning, in every cache mode it is used with.
+RUNS = {
+    "tiny-llada-v": {"square/redvtp_k50_g32_b32_s16", "wide/redvtp_k25_g32_b32_s16", "square/plain_g32_b32_s16"},
+    "tiny-lavida": {
+        "square/prefix_shift_r100_lowconf_g32b32",
+        "wide/full_None_r50_margin_g32b32",
+        "wide/redvtp_k25_g32_s16",
+    },
+    "tiny-lavida-dream": {"square/prefix_margin_s16", "wide/full_maskgit_s16"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", RUNS)
+def test_two_ranks_give_the_references_tokens(checkpoint: str, tmp_path: Path) -> None:
+    found = golden_data.runs(checkpoints=(checkpoint,))
+    runs = {str(run): run for run in found if f"{run.case.name}/{run.name}" in RUNS[checkpoint]}
+    answers = tmp_path / "answers.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "plugin.two_ranks", answers, *runs],
+        cwd=TESTS,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert len(runs) >= 2
+    assert json.loads(answers.read_text()) == {name: run.output for name, run in runs.items()}
