@@ -16,22 +16,18 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from redvtp.prompt import DEFAULT_SYSTEM, EOT, MASK, PLACEHOLDER, chat_prompt, split_prompt
-from training.glyphs import CELL, Split
+from training.glyphs import Split
 from training.model import HINTS
+from training.pictures import IGNORE, PATCHES, VisualTokens, by_tile, picture_patches, visual_tokens
 from training.plan import Phase
-from training.scenes import ATTRIBUTES, Item, Kind, Scene, SceneMaker, dense_scene, labels, render
+from training.scenes import ATTRIBUTES, SceneMaker, dense_scene, labels, render
 from training.tasks import CANVAS_LENGTHS, END, KEY, TASKS, VALUE, Question, choose, questions
 from training.vocab import COLORS, GLYPHS, NAMES, SHAPES, single, special_id, tokenizer
 
-SIDE = 4
-PATCHES = SIDE * SIDE
-# "No label": torch's cross entropy leaves such rows out.
-IGNORE = -100
 TEXT, PAD = -1, -1
 
 
@@ -64,32 +60,6 @@ class LanguageBatch:
     hints: Tensor
 
 
-def normalised(patches: Tensor) -> Tensor:
-    """Bytes to [-1, 1], as the engine's tiling does."""
-    return patches.float() * (2 / 255) - 1
-
-
-def picture_patches(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """[tiles, 16, 768]: the squashed whole picture first, then its tiles row by row; channels, rows, columns."""
-    tile = SIDE * CELL
-    base = np.asarray(Image.fromarray(picture).resize((tile, tile), Image.Resampling.BICUBIC))
-    return np.concatenate([_cut(base), _cut(picture)]).reshape(-1, PATCHES, 3 * CELL * CELL)
-
-
-def _cut(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    tile = SIDE * CELL
-    rows, cols = picture.shape[0] // tile, picture.shape[1] // tile
-    parts = picture.reshape(rows, SIDE, CELL, cols, SIDE, CELL, 3).transpose(0, 3, 1, 4, 6, 2, 5)
-    return parts.reshape(rows * cols, PATCHES, 3 * CELL * CELL)
-
-
-def _by_tile(cells: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[rows, cols, ...] per cell to [tiles, 16, ...]."""
-    rows, cols = cells.shape[0] // SIDE, cells.shape[1] // SIDE
-    parts = cells.reshape(rows, SIDE, cols, SIDE, *cells.shape[2:]).swapaxes(1, 2)
-    return parts.reshape(rows * cols, PATCHES, *cells.shape[2:])
-
-
 def tower_batch(phase: Phase, seed: tuple[int, ...], split: Split) -> TowerBatch:
     """Crowded pictures, every fourth one a sparse scene. Base tiles are taught to show nothing."""
     patches, shown = [], []
@@ -98,7 +68,7 @@ def tower_batch(phase: Phase, seed: tuple[int, ...], split: Split) -> TowerBatch
         sparse = i % 4 == 3
         scene = maker.make((*seed, i)) if sparse else dense_scene((*seed, i), split)
         cut = picture_patches(render(scene))
-        tiles = _by_tile(labels(scene))
+        tiles = by_tile(labels(scene))
         if sparse:
             patches.append(cut)
             shown.append(np.concatenate((np.zeros((1, PATCHES, len(ATTRIBUTES)), dtype=np.int64), tiles)))
@@ -106,62 +76,6 @@ def tower_batch(phase: Phase, seed: tuple[int, ...], split: Split) -> TowerBatch
             patches.append(cut[1:])
             shown.append(tiles)
     return TowerBatch(torch.from_numpy(np.concatenate(patches)), torch.from_numpy(np.concatenate(shown)))
-
-
-@dataclass
-class VisualTokens:
-    """A picture's visual tokens in reading order.
-
-    source: [visual], within the picture's own patches (newline: -1). hints: [visual, hints], IGNORE where none. shown:
-    [visual], part of an item. tile: [visual], which tile it is of (newline: -1).
-    """
-
-    source: NDArray[np.int64]
-    hints: NDArray[np.int64]
-    shown: NDArray[np.bool_]
-    tile: NDArray[np.int64]
-
-
-def _key_and_value(item: Item | None) -> tuple[int, int]:
-    """An item's color or name, and its first character or shape, as answers to the hints of the item before it."""
-    if item is None:
-        return 0, 0
-    key = len(COLORS) + item.name if item.name else item.color
-    return key, len(GLYPHS) + item.shape if item.shape else 1 + GLYPHS.index(item.text[0])
-
-
-def _hints(scene: Scene) -> NDArray[np.int64]:
-    """[rows, cols, hints] of the cells."""
-    hints = np.full((scene.rows, scene.cols, len(HINTS)), IGNORE)
-    kinds: tuple[Kind, ...] = ("box", "shape", "sign", "field")
-    for kind in kinds:
-        items = scene.of(kind)
-        for number, item in enumerate(items):
-            following = _key_and_value(items[number + 1] if number + 1 < len(items) else None)
-            for cell in item.cells:
-                owner = item.name - 1 if kind == "field" and not cell.name else IGNORE
-                hints[cell.row, cell.col, :4] = (min(number, HINTS["rank"] - 1), owner, *following)
-    return hints
-
-
-def visual_tokens(scene: Scene) -> VisualTokens:
-    """The layout LLaDA-V's merge gives a picture of whole tiles."""
-    rows, cols = scene.rows, scene.cols
-    row, col = np.mgrid[0:rows, 0:cols]
-    tile = 1 + row // SIDE * (cols // SIDE) + col // SIDE
-    source = tile * PATCHES + row % SIDE * SIDE + col % SIDE
-
-    def with_line_ends(grid: NDArray[np.int64], end: int) -> NDArray[np.int64]:
-        closed = np.concatenate((grid, np.full((rows, 1, *grid.shape[2:]), end)), axis=1)
-        return closed.reshape(-1, *grid.shape[2:])
-
-    hints = np.concatenate((np.full((PATCHES, len(HINTS)), IGNORE), with_line_ends(_hints(scene), IGNORE)))
-    return VisualTokens(
-        np.concatenate((np.arange(PATCHES), with_line_ends(source, -1))),
-        hints,
-        (hints != IGNORE).any(1),
-        np.concatenate((np.zeros(PATCHES, dtype=np.int64), with_line_ends(tile, -1))),
-    )
 
 
 @cache
@@ -188,6 +102,9 @@ def _hidden_places(question: Question, rng: np.random.Generator) -> NDArray[np.b
     if kind > 0.55 and question.is_long:
         hidden = np.arange(question.canvas) >= rng.integers(0, len(question.answer))
         hidden &= rng.random(question.canvas) < 0.9
+        if rng.random() < 0.5:
+            # End tokens at the far end are often decided early.
+            hidden[int(rng.integers(len(question.answer), question.canvas + 1)) :] = False
     if not hidden.any():
         hidden[int(rng.integers(0, len(question.answer) + 1))] = True
     return hidden
@@ -195,7 +112,7 @@ def _hidden_places(question: Question, rng: np.random.Generator) -> NDArray[np.b
 
 def _canvas_weights(question: Question, hidden: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Long answers count for more than short ones, but not in proportion; the end tokens after the first for little."""
-    weights = np.full(question.canvas, 0.03, dtype=np.float32)
+    weights = np.full(question.canvas, 0.08, dtype=np.float32)
     weights[: len(question.answer)] = 1.0
     weights[len(question.answer)] = 0.5
     weights *= hidden
@@ -357,14 +274,14 @@ def language_batch(phase: Phase, seed: tuple[int, ...], split: Split) -> Languag
             )
         sequences.append(sequence)
     columns, weights, hints = zip(*(sequence.padded(phase.tokens) for sequence in sequences), strict=True)
-    ids, source, positions, groups, target, task = (
+    ids, sources, positions, groups, target, task = (
         torch.from_numpy(np.stack(column)) for column in zip(*columns, strict=True)
     )
-    source[source == -2] = tiles * PATCHES
+    sources[sources == -2] = tiles * PATCHES
     return LanguageBatch(
         torch.from_numpy(np.concatenate(patches)),
         ids,
-        source,
+        sources,
         positions,
         groups,
         target,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from redvtp.prompt import BOS, END_HEADER, EOS, EOT, MASK, START_HEADER
-from training.dataset import normalised, picture_patches, prompt_pieces, visual_tokens
+from training.dataset import prompt_pieces
 from training.model import TinyDvlm
+from training.pictures import normalised, picture_patches, visual_tokens
 from training.plan import PLAN, Phase
 from training.scenes import Scene, SceneMaker, render
 from training.tasks import TASKS, Question, questions

@@ -111,7 +111,7 @@ def _text(text: str, font: str, size: int, width: int, shift: tuple[float, float
     x = round((width - (right - left)) / 2 - left + shift[0])
     y = round((CELL - (bottom - top)) / 2 - top + shift[1])
     draw.text((x, y), text, fill=255, font=_font(font, size))
-    mask: Masks = np.asarray(image, dtype=np.float32) / 255
+    mask: Masks = np.asarray(image, dtype=np.float32) / np.float32(255)
     return mask
 
 
@@ -136,7 +136,7 @@ def _name(name: str, rng: np.random.Generator) -> Masks:
 
 def _antialiased(draw_on: Image.Image) -> Masks:
     small = draw_on.resize((CELL, CELL), Image.Resampling.BOX)
-    mask: Masks = np.asarray(small, dtype=np.float32) / 255
+    mask: Masks = np.asarray(small, dtype=np.float32) / np.float32(255)
     return mask
 
 

@@ -96,25 +96,37 @@ class TowerLayer(nn.Module):
         return output
 
 
+class PatchEmbeddings(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, shape.tower_hidden, shape.patch, stride=shape.patch)
+        self.position_embedding = nn.Embedding(shape.side**2, shape.tower_hidden)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        conv = self.patch_embedding
+        return functional.linear(patches, conv.weight.flatten(1), conv.bias) + self.position_embedding.weight
+
+
 class Tower(nn.Module):
     """SigLIP without the layers LLaDA-V does not look at."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.embeddings = nn.Module()
-        self.embeddings.patch_embedding = nn.Conv2d(3, shape.tower_hidden, shape.patch, stride=shape.patch)
-        self.embeddings.position_embedding = nn.Embedding(shape.side**2, shape.tower_hidden)
-        self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(TowerLayer(shape) for _ in range(shape.tower_layers - 1))
+        self.embeddings = PatchEmbeddings(shape)
+        layers = nn.ModuleList(TowerLayer(shape) for _ in range(shape.tower_layers - 1))
+        self.encoder = nn.ModuleDict({"layers": layers})
 
     def forward(self, patches: Tensor) -> Tensor:
         """patches: [tiles, side * side, 3 * patch * patch], normalised pixels. Returns [tiles, side * side, hidden]."""
-        conv = self.embeddings.patch_embedding
-        hidden = functional.linear(patches, conv.weight.flatten(1), conv.bias)  # type: ignore[operator, union-attr, arg-type]
-        hidden = hidden + self.embeddings.position_embedding.weight
-        for layer in self.encoder.layers:  # type: ignore[union-attr]
+        hidden: Tensor = self.embeddings(patches)
+        for layer in self.layers():
             hidden = layer(hidden)
         return hidden
+
+    def layers(self) -> nn.ModuleList:
+        layers = self.encoder["layers"]
+        assert isinstance(layers, nn.ModuleList)
+        return layers
 
 
 class RmsNorm(nn.Module):
@@ -182,6 +194,9 @@ class LanguageModel(nn.Module):
         self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
 
+    def stack(self) -> list[LladaLayer]:
+        return [layer for layer in self.layers if isinstance(layer, LladaLayer)]
+
 
 class AttributeHeads(nn.Module):
     """Reads what a visual token shows, through the word embeddings themselves.
@@ -208,8 +223,16 @@ class AttributeHeads(nn.Module):
         return logits
 
 
+def _weight(module: nn.Module) -> Tensor:
+    """A linear layer's weight, for writing into without a gradient."""
+    assert isinstance(module, nn.Linear)
+    return module.weight.data
+
+
 class TinyDvlm(nn.Module):
     """The model, and the heads that only training needs."""
+
+    frequencies: Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -235,17 +258,17 @@ class TinyDvlm(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5 * 0.7)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for layer in self.language_model.layers:
+        for layer in self.language_model.stack():
             depth = math.sqrt(2 * self.shape.num_hidden_layers)
-            for linear in (layer.self_attn["o_proj"], layer.mlp["down_proj"]):  # type: ignore[index]
-                linear.weight.data.div_(depth)
+            for linear in (layer.self_attn["o_proj"], layer.mlp["down_proj"]):
+                _weight(linear).div_(depth)
             # Half of the heads begin by looking at tokens like themselves: looking something up is just that.
             half = self.shape.hidden_size // 2
-            layer.self_attn["k_proj"].weight.data[:half] = layer.self_attn["q_proj"].weight.data[:half]  # type: ignore[index]
+            _weight(layer.self_attn["k_proj"])[:half] = _weight(layer.self_attn["q_proj"])[:half]
         nn.init.normal_(self.language_model.embed_tokens.weight, std=0.25)
-        nn.init.normal_(self.vision_tower.embeddings.position_embedding.weight, std=0.02)  # type: ignore[arg-type, union-attr]
+        nn.init.normal_(self.vision_tower.embeddings.position_embedding.weight, std=0.02)
         for hint in self.hints.values():
-            nn.init.zeros_(hint.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(_weight(hint))
         self.start_head()
 
     def start_head(self) -> None:
@@ -270,7 +293,7 @@ class TinyDvlm(nn.Module):
         half = positions[:, None, :, None].float() * self.frequencies
         angles = torch.cat((half, half), dim=-1)
         cos, sin = angles.cos(), angles.sin()
-        layers = self.language_model.layers
+        layers = self.language_model.stack()
         middle, total = hidden, hidden.new_zeros(positions.shape)
         for i, layer in enumerate(layers):
             hidden, spent = layer(hidden, cos, sin, mask, watched)

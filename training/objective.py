@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from training.dataset import IGNORE, PAD, LanguageBatch, TowerBatch, normalised
+from training.dataset import PAD, LanguageBatch, TowerBatch
 from training.model import HINTS, TinyDvlm
+from training.pictures import IGNORE, normalised
 from training.scenes import ATTRIBUTES
 from training.tasks import TASKS
 

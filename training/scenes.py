@@ -23,7 +23,9 @@ CANVASES = ((16, 16), (20, 12), (12, 20), (16, 12), (12, 16), (20, 16), (16, 20)
 ATTRIBUTES = ("color", "glyph", "shape", "name", "part")
 # "part" of a cell: nothing, alone, or left, middle, right of a run of cells.
 ALONE, LEFT, MIDDLE, RIGHT = 1, 2, 3, 4
-CODE_LENGTH = 3
+CODE_LENGTH = 4
+# Fewest and most digits of a form value.
+VALUE_LENGTHS = (3, 5)
 
 _RGB = np.array(
     [
@@ -165,7 +167,7 @@ class SceneMaker:
             row, col = place
             code = self._string(LETTERS, CODE_LENGTH, rng)
             cells = tuple(
-                Cell(row, col + i, color=int(color) + 1, glyph=GLYPHS.index(letter) + 1, part=LEFT + i)
+                Cell(row, col + i, color=int(color) + 1, glyph=GLYPHS.index(letter) + 1, part=_part(i, CODE_LENGTH))
                 for i, letter in enumerate(code)
             )
             items.append(Item("sign", cells, color=int(color) + 1, text=code))
@@ -176,18 +178,18 @@ class SceneMaker:
         spacing = int(rng.integers(1, max(1, min(3, rows // count)) + 1))
         gap = int(rng.integers(0, 3))
         top = int(rng.integers(0, rows - (count - 1) * spacing))
-        left = 2 * int(rng.integers(0, (cols - 5 - gap) // 2 + 1))
         # One length for all values of a form, so that an answer's place tells which line it belongs to.
-        digits = int(rng.integers(2, 4))
+        digits = int(rng.integers(VALUE_LENGTHS[0], VALUE_LENGTHS[1] + 1))
+        width = 2 + gap + digits
+        left = 2 * int(rng.integers(0, (cols - width) // 2 + 1))
         items = []
         for line, name in enumerate(rng.permutation(len(NAMES))[:count]):
             row = top + line * spacing
             value = self._string(DIGITS, digits, rng)
             cells = [Cell(row, left + half, name=int(name) + 1, part=LEFT if half == 0 else RIGHT) for half in (0, 1)]
             for i, digit in enumerate(value):
-                part = LEFT if i == 0 else RIGHT if i == len(value) - 1 else MIDDLE
-                cells.append(Cell(row, left + 2 + gap + i, glyph=GLYPHS.index(digit) + 1, part=part))
-            taken[row, left : left + 5 + gap] = True
+                cells.append(Cell(row, left + 2 + gap + i, glyph=GLYPHS.index(digit) + 1, part=_part(i, digits)))
+            taken[row, left : left + width] = True
             items.append(Item("field", tuple(cells), name=int(name) + 1, text=value))
         return items
 
@@ -197,6 +199,10 @@ class SceneMaker:
             text = "".join(alphabet[int(i)] for i in rng.integers(0, len(alphabet), length))
             if is_held_out(text) == (self.split == "test"):
                 return text
+
+
+def _part(place: int, length: int) -> int:
+    return LEFT if place == 0 else RIGHT if place == length - 1 else MIDDLE
 
 
 def _free_run(taken: NDArray[np.bool_], length: int, margin: int, rng: np.random.Generator) -> tuple[int, int] | None:
