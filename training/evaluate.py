@@ -14,7 +14,7 @@ from training.model import TinyDvlm
 from training.pictures import normalised, picture_patches, visual_tokens
 from training.plan import PLAN, Phase
 from training.scenes import Scene, SceneMaker, render
-from training.tasks import TASKS, Question, questions
+from training.tasks import TASKS, Question, questions, steps_for
 from training.vocab import special_id
 
 EVALUATION_SEED = 90_001
@@ -59,7 +59,7 @@ class _Canvas:
         self.tokens = torch.full((length,), special_id(MASK))
         self.counts: list[tuple[int, int]] = []
         bounds = range(0, length, BLOCK_LENGTH)
-        steps = max(len(bounds), length // 2)
+        steps = max(len(bounds), steps_for(length))
         for number, start in enumerate(bounds):
             size = min(BLOCK_LENGTH, length - start)
             share = min(size, steps // len(bounds) + (number < steps % len(bounds)))
@@ -91,7 +91,7 @@ def _suppressed() -> list[int]:
 
 @torch.inference_mode()
 def decode(model: TinyDvlm, prompts: list[Tensor], canvases: list[int]) -> list[list[int]]:
-    """The reference's loop at its default of half as many steps as tokens; answers are cut at the end token."""
+    """The reference's loop, in `steps_for` steps; answers are cut at the end token."""
     states = [_Canvas(length) for length in canvases]
     while alive := [i for i, state in enumerate(states) if len(state.candidates())]:
         lengths = [prompts[i].shape[0] + canvases[i] for i in alive]

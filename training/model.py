@@ -19,8 +19,8 @@ from training.vocab import COLORS, GLYPHS, NAMES, SHAPES, attribute_ids, tokeniz
 # What the middle of the language model is asked, and the number of answers. Of a visual token of an item: the item's
 # place among its kind in reading order; the form line a value belongs to; the next item's color or name, and its first
 # character or shape (0: there is no next item). Of a masked place of the answer: the word the question looks up (0: it
-# lists or counts); in a list, which item the place belongs to; its part of the item (`training.tasks.KEY`, ...); and
-# the key and first character of the item before, where they stand in the answer already.
+# lists or counts); in a list, which item the place belongs to; and the key and first character of the item before,
+# where they stand in the answer already. Of both: the part of a sign or a form line (`training.tasks.KEY`, ...).
 HINTS = {
     "rank": 16,
     "owner": len(NAMES),
@@ -28,7 +28,7 @@ HINTS = {
     "next_value": 1 + len(GLYPHS) + len(SHAPES),
     "key": 1 + len(COLORS) + len(GLYPHS) + len(SHAPES) + len(NAMES),
     "item": 16,
-    "slot": 6,
+    "slot": 8,
     "previous_key": 1 + len(COLORS) + len(NAMES),
     "previous_value": 1 + len(GLYPHS) + len(SHAPES),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 from training.glyphs import CELL
 from training.model import HINTS
 from training.scenes import Item, Kind, Scene
+from training.tasks import KEY, VALUE
 from training.vocab import COLORS, GLYPHS
 
 SIDE = 4
@@ -76,9 +77,12 @@ def _hints(scene: Scene) -> NDArray[np.int64]:
         items = scene.of(kind)
         for number, item in enumerate(items):
             following = _key_and_value(items[number + 1] if number + 1 < len(items) else None)
-            for cell in item.cells:
+            for place, cell in enumerate(item.cells):
                 owner = item.name - 1 if kind == "field" and not cell.name else IGNORE
                 hints[cell.row, cell.col, :4] = (min(number, HINTS["rank"] - 1), owner, *following)
+                if kind in ("sign", "field"):
+                    # Two cells of a form line are its name.
+                    hints[cell.row, cell.col, 6] = KEY if cell.name else VALUE + place - 2 * (kind == "field")
     return hints
 
 

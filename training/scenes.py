@@ -23,9 +23,9 @@ CANVASES = ((16, 16), (20, 12), (12, 20), (16, 12), (12, 16), (20, 16), (16, 20)
 ATTRIBUTES = ("color", "glyph", "shape", "name", "part")
 # "part" of a cell: nothing, alone, or left, middle, right of a run of cells.
 ALONE, LEFT, MIDDLE, RIGHT = 1, 2, 3, 4
-CODE_LENGTH = 4
+CODE_LENGTH = 3
 # Fewest and most digits of a form value.
-VALUE_LENGTHS = (3, 5)
+VALUE_LENGTHS = (3, 3)
 
 _RGB = np.array(
     [

@@ -23,8 +23,8 @@ LONG_TASKS = ("list_boxes", "list_shapes", "transcribe_form", "transcribe_signs"
 TASKS = SHORT_TASKS + COUNT_TASKS + LONG_TASKS
 
 KEYS = (*COLORS, *GLYPHS, *SHAPES, *NAMES)
-# Parts of an item in an answer: its key, the sign between, its first, second, third character; then the answer's end.
-KEY, BETWEEN, VALUE, END = 0, 1, 2, 5
+# Parts of an item in an answer: its key, the sign between, its first to fifth character; then the answer's end.
+KEY, BETWEEN, VALUE, END = 0, 1, 2, 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,10 @@ class Question:
     slots: tuple[int, ...]
 
     @property
+    def group(self) -> str:
+        return "long" if self.is_long else "count" if self.task in COUNT_TASKS else "short"
+
+    @property
     def is_long(self) -> bool:
         return self.task in LONG_TASKS
 
@@ -55,6 +59,11 @@ def canvas_for(answer: int) -> int:
     any visual token can be dropped.
     """
     return next(length for length in CANVAS_LENGTHS if length > max(answer, 2))
+
+
+def steps_for(canvas: int) -> int:
+    """One token a step up to 16 tokens, two on longer canvases, as in LLaDA-V's published evaluations."""
+    return canvas if canvas <= 16 else canvas // 2
 
 
 def _color(item: Item) -> str:

@@ -62,8 +62,8 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "redvtp.cli", *map(str, arguments)]
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240, check=False)
+def run(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
