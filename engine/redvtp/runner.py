@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppr
 from redvtp.kv.blocks import blocks_needed, slots_of
 from redvtp.kv.cache import PagedKVCache
 from redvtp.kv.compaction import compact, plan_compaction
+from redvtp.kv.rewriting import RewritingAttention
 from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
@@ -73,6 +75,7 @@ class DenoisingRunner:
         plans = [sequence.next_step() for sequence in batch]
         positions = [(sequence.canvas.block, sequence.steps_done) for sequence in batch]
         held = [blocks_needed(sequence.total_length, self.cache.block_size) for sequence in batch]
+        self.rewrite_pages(batch)
         self.encode_prompts([sequence for sequence in batch if sequence.encodes_prompt_next()])
         # An end token right behind the prompt leaves nothing to denoise.
         prunings = self._denoise([sequence for sequence in batch if not sequence.finished])
@@ -96,10 +99,36 @@ class DenoisingRunner:
                     finished=sequence.finished,
                     finish_reason=sequence.finish_reason,
                     next_tokens=0 if sequence.finished else sequence.next_step().tokens_computed,
+                    resume_tokens=0 if sequence.finished else sequence.resume_tokens(),
                     pruning=prunings.get(id(sequence)),
                 )
             )
         return reports
+
+    @torch.inference_mode()
+    def rewrite_pages(self, batch: list[Sequence]) -> None:
+        """Write again what the next step of suspended sequences reads from pages, as it was."""
+        lost = [(sequence, origin) for sequence in batch if (origin := sequence.rewrites) is not None]
+        if lost:
+            origins = [origin for _, origin in lost]
+            ids = torch.cat([origin.canvas_ids for origin in origins]).to(self.model.device)
+            responses = self.model.embed(ids).split([origin.canvas_ids.numel() for origin in origins])
+            rows = [part for origin, response in zip(origins, responses, strict=True)
+                    for part in (origin.prompt_embeds, response)]  # fmt: skip
+            ends = list(accumulate(origin.tokens for origin in origins))
+            segments = [Segment(start, end, write_slots=None) for start, end in zip([0, *ends], ends, strict=False)]
+            attention = RewritingAttention(
+                self._attention(segments),
+                segments,
+                origins,
+                [self._slots(sequence)[: sequence.next_step().first] for sequence, _ in lost],
+                self.cache,
+                self.model.language_model.rotary,
+            )
+            positions = torch.cat([origin.positions for origin in origins])
+            self.model.language_model(torch.cat(rows), positions, attention)
+        for sequence in batch:
+            sequence.pages_lost = False
 
     @torch.inference_mode()
     def encode_prompts(self, batch: list[Sequence]) -> None:
@@ -112,6 +141,7 @@ class DenoisingRunner:
         segments: list[Segment] = []
         end = 0
         for sequence in batch:
+            sequence.note_origin()
             start, end = end, end + sequence.prompt_length
             segments.append(Segment(start, end, self._slots(sequence)[: sequence.prompt_length]))
         rows = torch.cat([sequence.prompt_embeds for sequence in batch])
@@ -127,6 +157,9 @@ class DenoisingRunner:
         if not batch:
             return {}
         packed = self.forward(batch)
+        for sequence, plan in zip(batch, packed.plans, strict=True):
+            if sequence.denoising.cache == "prefix" and plan.kind == "full":
+                sequence.note_origin()
         undecided = [sequence.canvas.masked() for sequence in batch]
         steps = [sequence.steps_done for sequence in batch]
         pruning_due = [sequence.prunes_next() for sequence in batch]
@@ -145,6 +178,10 @@ class DenoisingRunner:
                     self.observe(sequence, steps[index], importance)
                 if pruning_due[index]:
                     prunings[id(sequence)] = self._prune(sequence, importance, steps[index])
+        for sequence in batch:
+            # Not a moment longer: it may hold the embeddings of the tokens that were dropped.
+            if sequence.finished or sequence.next_step().first == 0:
+                sequence.origin = None
         return prunings
 
     @torch.inference_mode()
@@ -260,4 +297,6 @@ class DenoisingRunner:
             rows, old_positions, new_positions = (part[:kept_rows] for part in (rows, old_positions, new_positions))
             plan = plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size)
             compact(self.cache, plan, self.model.language_model.rotary)
+            assert sequence.origin is not None, "pages that are kept came from somewhere"
+            sequence.origin.moves.append((rows, new_positions - old_positions))
         del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]
