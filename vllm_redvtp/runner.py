@@ -82,9 +82,10 @@ class DiffusionModelRunner:
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> ModelRunnerOutput:
-        """Forget the finished, add the new, step the scheduled."""
+        """Forget the finished, suspend the preempted, resume or add the admitted, step the scheduled."""
         for request_id in scheduler_output.finished_req_ids:
             self.sequences.pop(request_id, None)
+        self._suspend_and_resume(scheduler_output)
         errors: dict[str, str] = {}
         for request in scheduler_output.scheduled_new_reqs:
             try:
@@ -104,6 +105,18 @@ class DiffusionModelRunner:
             errors=errors,
             step_ms=(time.perf_counter() - started) * 1e3,
         )
+
+    def _suspend_and_resume(self, scheduler_output: SchedulerOutput) -> None:
+        """A preempted request keeps all but its pages here, on every rank, until it is resumed or ended."""
+        for request_id in scheduler_output.preempted_req_ids or ():
+            # It may have been aborted since.
+            if request_id in self.sequences:
+                self.sequences[request_id].suspend()
+        continuing = scheduler_output.scheduled_cached_reqs
+        for request_id, blocks in zip(continuing.req_ids, continuing.new_block_ids, strict=True):
+            if request_id in continuing.resumed_req_ids:
+                assert blocks is not None
+                self.sequences[request_id].resume(list(blocks[0]))
 
     def _sequence(self, request: NewRequestData) -> Sequence:
         """The engine's view of an arriving request; runs the vision tower."""
@@ -136,7 +149,6 @@ class DiffusionModelRunner:
             suffix_ids=plan.suffix_ids,
             block_table=list(request.block_ids[0]),
             draft_ids=plan.draft_ids,
-            committed=tuple((request.prefill_token_ids or prompt)[len(prompt) :]),
         )
 
     def _step(self, batch: list[Sequence], errors: dict[str, str]) -> dict[str, StepReport]:

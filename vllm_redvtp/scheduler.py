@@ -2,8 +2,9 @@
 
 Every running request takes one denoising step in each engine step. Blocks for prompt and canvas are taken once, at
 admission, so a running request never waits for memory; after a pruning the tail of its block table goes back to
-vLLM's pool before the next admission. Queues, aborts, stop checks, outputs and metrics are vLLM's. Scheduling is
-synchronous (see vllm_redvtp.config): the step whose blocks are freed has always finished.
+vLLM's pool before the next admission. A preempted request loses its blocks and nothing else: the workers keep its
+sequence. Queues, aborts, stop checks, outputs and metrics are vLLM's. Scheduling is synchronous (see
+vllm_redvtp.config): the step whose blocks are freed has always finished.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class DiffusionScheduler(Scheduler):
         stepping: dict[str, int] = {}
         paused = self._pause_state == PauseState.PAUSED_ALL
         continuing = [] if paused else self._continue_running(stepping)
-        admitted = [] if self._pause_state != PauseState.UNPAUSED else self._admit_waiting(stepping)
-        return self._scheduler_output(stepping, continuing, admitted)
+        new, resumed = ([], []) if self._pause_state != PauseState.UNPAUSED else self._admit_waiting(stepping)
+        return self._scheduler_output(stepping, continuing, new, resumed)
 
     def _continue_running(self, stepping: dict[str, int]) -> list[Request]:
         """Running requests that take a step; `stepping` gets their costs. Those over the token budget wait a step."""
@@ -118,9 +119,13 @@ class DiffusionScheduler(Scheduler):
                 continuing.append(request)
         return continuing
 
-    def _admit_waiting(self, stepping: dict[str, int]) -> list[Request]:
-        """First come, first served, while there are tokens in the budget, blocks in the pool and running slots."""
-        admitted: list[Request] = []
+    def _admit_waiting(self, stepping: dict[str, int]) -> tuple[list[Request], list[Request]]:
+        """First come, first served, while there are tokens in the budget, blocks in the pool and running slots.
+
+        Returns the new ones and the resumed ones.
+        """
+        new: list[Request] = []
+        resumed: list[Request] = []
         while self.waiting and len(self.running) < self.max_num_active_reqs:
             request = self.waiting.peek_request()
             if request.request_id in self._ending:
@@ -128,23 +133,24 @@ class DiffusionScheduler(Scheduler):
             state = self._states[request.request_id]
             if not self._within_budget(state, stepping):
                 break
-            if self.kv_cache_manager.allocate_slots(request, state.plan.kv_tokens) is None:
+            if self.kv_cache_manager.allocate_slots(request, state.kv_tokens) is None:
                 break
             self.waiting.pop_request()
             self.deferred_waiting.discard(request)
+            (resumed if request.status == RequestStatus.PREEMPTED else new).append(request)
             self._start(request, state)
             stepping[request.request_id] = state.next_tokens
-            admitted.append(request)
-        return admitted
+        return new, resumed
 
     def _within_budget(self, state: DenoisingState, stepping: dict[str, int]) -> bool:
         # One request always steps: its full step may be larger than a budget the user has set.
         return not stepping or sum(stepping.values()) + state.next_tokens <= self.max_num_scheduled_tokens
 
     def _start(self, request: Request, state: DenoisingState) -> None:
+        if request.status != RequestStatus.PREEMPTED:
+            state.blocks_admitted = len(self._blocks_of[request.request_id])
         self.running.append(request)
         request.status = RequestStatus.RUNNING
-        state.blocks_admitted = len(self._blocks_of[request.request_id])
         if request.prefill_stats is not None and request.num_preemptions <= 0:
             request.prefill_stats.set(
                 num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=0, num_external_cached_tokens=0
@@ -153,38 +159,39 @@ class DiffusionScheduler(Scheduler):
             request.record_event(EngineCoreEventType.SCHEDULED, time.monotonic())
 
     def _scheduler_output(
-        self, stepping: dict[str, int], continuing: list[Request], admitted: list[Request]
+        self, stepping: dict[str, int], continuing: list[Request], new: list[Request], resumed: list[Request]
     ) -> SchedulerOutput:
+        known = [*continuing, *resumed]
         output = SchedulerOutput(
             scheduled_new_reqs=[
-                # All token ids: after a preemption the worker keeps what was already streamed.
-                NewRequestData.from_request(
-                    request, self.kv_cache_manager.get_block_ids(request.request_id), request._all_token_ids
-                )
-                for request in admitted
+                NewRequestData.from_request(request, self.kv_cache_manager.get_block_ids(request.request_id))
+                for request in new
             ],
             scheduled_cached_reqs=CachedRequestData(
-                req_ids=[request.request_id for request in continuing],
-                resumed_req_ids=set(),
+                req_ids=[request.request_id for request in known],
+                resumed_req_ids={request.request_id for request in resumed},
                 new_token_ids=[],
+                # A resumed request's canvas and all else is still with the workers.
                 all_token_ids={},
-                new_block_ids=[None] * len(continuing),
-                num_computed_tokens=[request.num_computed_tokens for request in continuing],
-                num_output_tokens=[request.num_output_tokens for request in continuing],
+                new_block_ids=[
+                    *[None] * len(continuing),
+                    *(self.kv_cache_manager.get_block_ids(request.request_id) for request in resumed),
+                ],
+                num_computed_tokens=[request.num_computed_tokens for request in known],
+                num_output_tokens=[request.num_output_tokens for request in known],
             ),
             num_scheduled_tokens=stepping,
             total_num_scheduled_tokens=sum(stepping.values()),
             scheduled_spec_decode_tokens={},
             # The worker runs the vision tower when a request arrives there; vLLM's encoder cache has no part in it.
             scheduled_encoder_inputs={},
-            # The worker forgets preempted requests too; they come again as new ones.
-            finished_req_ids=self.finished_req_ids | self.reset_preempted_req_ids,
+            finished_req_ids=self.finished_req_ids,
             free_encoder_mm_hashes=self.encoder_cache_manager.get_freed_mm_hashes(),
             preempted_req_ids=self.reset_preempted_req_ids,
             new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
         )
         # After the output is built: vLLM strips images from it that computed tokens cover.
-        for request in (*continuing, *admitted):
+        for request in (*known, *new):
             request.num_in_flight_tokens += stepping[request.request_id]
             # vLLM counts its prefill by this; here the prompt is computed whole in the first step.
             request.num_computed_tokens = request.num_prompt_tokens
@@ -260,9 +267,9 @@ class DiffusionScheduler(Scheduler):
         )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Only `/reset_prefix_cache` and `/pause` preempt; the request starts again with what it has streamed kept."""
+        """Take all blocks of a request; it queues for others and goes on from where it was."""
         super()._preempt_request(request, *args, **kwargs)
-        self._states[request.request_id].restart()
+        self._states[request.request_id].suspend()
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[dict[str, Any] | None, Any]:
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
