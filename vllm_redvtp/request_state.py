@@ -16,6 +16,7 @@ class DenoisingState:
 
     next_tokens: what the next step will compute, resume_tokens: the same after a preemption. kv_tokens: held now, or
     needed to go on.
+    last_step: the engine step in which it last took a step.
     canvas_done: the engine has nothing left to do, though vLLM has not ended the request yet.
     """
 
@@ -26,6 +27,7 @@ class DenoisingState:
     kv_tokens: int = 0
     blocks_admitted: int = 0
     blocks_freed: int = 0
+    last_step: int = 0
     steps: int = 0
     visual_kept: int = 0
     canvas_done: bool = False
@@ -39,6 +41,12 @@ class DenoisingState:
     def visual_tokens(self) -> int:
         """Before any pruning."""
         return sum(end - start for start, end in self.visual_spans)
+
+    @property
+    def later_tokens(self) -> int:
+        """What its steps compute once the first is done."""
+        canvas = self.plan.kv_tokens - self.plan.prompt_tokens
+        return self.kv_tokens if self.plan.denoising.cache == "none" else canvas
 
     def suspend(self) -> None:
         """Preempted: what the pages held must be computed again."""

@@ -1,6 +1,7 @@
 """DiffusionScheduler: vLLM's scheduler for requests that recompute their canvas step by step and shrink while they run.
 
-Every running request takes one denoising step in each engine step. Blocks for prompt and canvas are taken once, at
+Every running request takes one denoising step in each engine step, as far as the token budget goes; who has waited
+longest comes first, so nobody waits more than max_num_seqs engine steps. Blocks for prompt and canvas are taken once, at
 admission, so a running request never waits for memory; after a pruning the tail of its block table goes back to
 vLLM's pool before the next admission. A preempted request loses its blocks and nothing else: the workers keep its
 sequence. Queues, aborts, stop checks, outputs and metrics are vLLM's. Scheduling is synchronous (see
@@ -48,6 +49,8 @@ class DiffusionScheduler(Scheduler):
         # Requests the next update ends without new tokens, with the sentence for those that failed.
         self._ending: dict[str, str | None] = {}
         self._refused_sessions: set[str] = set()
+        # Whether every running request took a step in the last engine step.
+        self._all_stepped = True
 
     # Arrival
 
@@ -104,29 +107,55 @@ class DiffusionScheduler(Scheduler):
         self.current_step += 1
         self.kv_cache_manager.new_step_starts()
         stepping: dict[str, int] = {}
+        admitted: list[Request] = []
+        admitting = self._pause_state == PauseState.UNPAUSED
+        if admitting and self._head_goes_first():
+            admitted = self._admit_waiting(stepping, limit=1)
         paused = self._pause_state == PauseState.PAUSED_ALL
         continuing = [] if paused else self._continue_running(stepping)
-        new, resumed = ([], []) if self._pause_state != PauseState.UNPAUSED else self._admit_waiting(stepping)
-        return self._scheduler_output(stepping, continuing, new, resumed)
+        if admitting:
+            admitted += self._admit_waiting(stepping)
+        states = [self._states[request.request_id] for request in (*continuing, *admitted)]
+        for state in states:
+            state.last_step = self.current_step
+        self._all_stepped = len(states) == len(self.running)
+        return self._scheduler_output(stepping, continuing, admitted)
+
+    def _head_goes_first(self) -> bool:
+        """Whether the first of the queue takes its step before the running ones.
+
+        First steps are long, response steps short: a long prompt that has room among the running ones would otherwise
+        wait until most of them have ended. Not while somebody waits already: see _continue_running.
+        """
+        if not self.waiting or not self.running or not self._all_stepped:
+            return False
+        request_id = self.waiting.peek_request().request_id
+        if request_id in self._ending:
+            return False
+        state, budget = self._states[request_id], self.max_num_scheduled_tokens
+        running = sum(self._states[request.request_id].next_tokens for request in self.running)
+        return running + state.later_tokens <= budget < running + state.next_tokens
 
     def _continue_running(self, stepping: dict[str, int]) -> list[Request]:
-        """Running requests that take a step; `stepping` gets their costs. Those over the token budget wait a step."""
+        """Running requests that take a step; `stepping` gets their costs.
+
+        Who stepped longest ago comes first, and who comes first always steps. So in each engine step the longest
+        waiting one goes, but for one in which the head of the queue went first: nobody waits longer than there are
+        running requests.
+        """
         continuing = []
-        for request in self.running:
-            state = self._states[request.request_id]
-            if request.request_id not in self._ending and self._within_budget(state, stepping):
-                stepping[request.request_id] = state.next_tokens
+        for request in sorted(self.running, key=lambda request: self._states[request.request_id].last_step):
+            request_id = request.request_id
+            state = self._states[request_id]
+            if request_id not in self._ending and request_id not in stepping and self._within_budget(state, stepping):
+                stepping[request_id] = state.next_tokens
                 continuing.append(request)
         return continuing
 
-    def _admit_waiting(self, stepping: dict[str, int]) -> tuple[list[Request], list[Request]]:
-        """First come, first served, while there are tokens in the budget, blocks in the pool and running slots.
-
-        Returns the new ones and the resumed ones.
-        """
-        new: list[Request] = []
-        resumed: list[Request] = []
-        while self.waiting and len(self.running) < self.max_num_active_reqs:
+    def _admit_waiting(self, stepping: dict[str, int], limit: int | None = None) -> list[Request]:
+        """First come, first served (or by priority), while there are tokens in the budget, blocks and running slots."""
+        admitted: list[Request] = []
+        while self.waiting and len(self.running) < self.max_num_active_reqs and len(admitted) != limit:
             request = self.waiting.peek_request()
             if request.request_id in self._ending:
                 break
@@ -137,17 +166,17 @@ class DiffusionScheduler(Scheduler):
                 break
             self.waiting.pop_request()
             self.deferred_waiting.discard(request)
-            (resumed if request.status == RequestStatus.PREEMPTED else new).append(request)
             self._start(request, state)
             stepping[request.request_id] = state.next_tokens
-        return new, resumed
+            admitted.append(request)
+        return admitted
 
     def _within_budget(self, state: DenoisingState, stepping: dict[str, int]) -> bool:
         # One request always steps: its full step may be larger than a budget the user has set.
         return not stepping or sum(stepping.values()) + state.next_tokens <= self.max_num_scheduled_tokens
 
     def _start(self, request: Request, state: DenoisingState) -> None:
-        if request.status != RequestStatus.PREEMPTED:
+        if request.num_preemptions <= 0:
             state.blocks_admitted = len(self._blocks_of[request.request_id])
         self.running.append(request)
         request.status = RequestStatus.RUNNING
@@ -159,8 +188,10 @@ class DiffusionScheduler(Scheduler):
             request.record_event(EngineCoreEventType.SCHEDULED, time.monotonic())
 
     def _scheduler_output(
-        self, stepping: dict[str, int], continuing: list[Request], new: list[Request], resumed: list[Request]
+        self, stepping: dict[str, int], continuing: list[Request], admitted: list[Request]
     ) -> SchedulerOutput:
+        new = [request for request in admitted if request.num_preemptions <= 0]
+        resumed = [request for request in admitted if request.num_preemptions > 0]
         known = [*continuing, *resumed]
         output = SchedulerOutput(
             scheduled_new_reqs=[
