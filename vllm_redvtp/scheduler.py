@@ -1,8 +1,8 @@
 """DiffusionScheduler: vLLM's scheduler for requests that recompute their canvas step by step and shrink while they run.
 
 Every running request takes one denoising step in each engine step, as far as the token budget goes; who has waited
-longest comes first, so nobody waits more than max_num_seqs engine steps. Blocks for prompt and canvas are taken once, at
-admission, so a running request never waits for memory; after a pruning the tail of its block table goes back to
+longest comes first, so nobody waits more than max_num_seqs engine steps. Blocks for prompt and canvas are taken once,
+at admission, so a running request never waits for memory; after a pruning the tail of its block table goes back to
 vLLM's pool before the next admission. A preempted request loses its blocks and nothing else: the workers keep its
 sequence. Queues, aborts, stop checks, outputs and metrics are vLLM's. Scheduling is synchronous (see
 vllm_redvtp.config): the step whose blocks are freed has always finished.

@@ -1,4 +1,4 @@
-"""Which requests step in an engine step: the token budget, nobody forgotten, long prompts among short steps, priority."""
+"""Which requests step in an engine step: the budget, nobody forgotten, long prompts among short steps, priority."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_steps_stay_within_the_budget_and_tokens_are_those_of_a_request_alone(ti
 
 
 def test_no_running_request_waits_longer_than_there_are_running_requests(tight: LLM) -> None:
-    """Response steps are cheap, so all are admitted; the full steps at canvas block boundaries then exceed the budget."""
+    """Response steps are cheap, so all are admitted; the full steps at block boundaries then exceed the budget."""
     requests = {
         f"r{n}": (prompt_of(SQUARE), _sampling(cache="prefix", block_length=4, steps=16, keep_ratio=0.9))
         for n in range(8)
