@@ -143,7 +143,9 @@ class DiffusionModelRunner:
                 errors[request.req_id] = _explain(request.req_id, error)
 
     def _image_inputs(self, request: NewRequestData) -> list[ImageInput]:
-        images = [feature.data.get_data() for feature in request.mm_features if feature.data is not None]
+        images: list[dict[str, Any]] = [
+            feature.data.get_data() for feature in request.mm_features if feature.data is not None
+        ]
         mode = image_mode(self.config, len(images))
         return [
             ImageInput(
@@ -181,24 +183,27 @@ class DiffusionModelRunner:
         )
 
     def _step(self, batch: list[Sequence], errors: dict[str, str]) -> dict[str, StepReport]:
-        """One step of the batch. What fails is reported in `errors` and costs only the requests it concerns."""
-        done = {sequence.request_id: sequence.steps_done for sequence in batch}
+        """One step of the batch. What fails is reported in `errors` and costs only the requests it concerns.
+
+        Tensor-parallel ranks run the same code over the same numbers, so they fail, and try again, alike.
+        """
+        if not batch:
+            return {}
+        restore = [sequence.snapshot() for sequence in batch]
         try:
-            reports = self._engine.step(batch) if batch else []
+            return {report.request_id: report for report in self._engine.step(batch)}
         except Exception as error:
             if len(batch) == 1:
                 errors[batch[0].request_id] = _explain(batch[0].request_id, error)
                 return {}
-            # Find out whose fault it is: the untouched ones again, each by itself.
+            # Find out whose fault it is: all back to where they were, and each by itself.
             logger.warning("a step of %d requests failed (%s); stepping them one by one", len(batch), error)
+            for undo in restore:
+                undo()
             found: dict[str, StepReport] = {}
             for sequence in batch:
-                if sequence.steps_done != done[sequence.request_id]:
-                    errors[sequence.request_id] = _explain(sequence.request_id, error)
-                else:
-                    found |= self._step([sequence], errors)
+                found |= self._step([sequence], errors)
             return found
-        return {report.request_id: report for report in reports}
 
     def _make_engine(self, model: Dvlm, cache: Any) -> DenoisingRunner:
         # Each rank has its own heads; all must choose the same visual tokens.

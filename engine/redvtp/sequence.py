@@ -7,6 +7,7 @@ pruned. `suspend` and `resume` take all blocks away and give others: the sequenc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -176,6 +177,21 @@ class Sequence:
     def resume(self, block_table: list[int]) -> None:
         """Go on with other blocks, enough for `total_length` tokens."""
         self.block_table = block_table
+
+    def snapshot(self) -> Callable[[], None]:
+        """What takes back all that happens from here on: to be called after a step that failed half way, before the
+        caller has freed blocks. Pages count as lost, for who knows what was written."""
+        # Tensors of a sequence are replaced and never written to, but for those of its canvas.
+        state, canvas, table, drawn = dict(vars(self)), self.canvas.copy(), list(self.block_table), self.generator
+        random = drawn.get_state()
+        origin = self.origin and replace(self.origin, moves=list(self.origin.moves))
+
+        def restore() -> None:
+            vars(self).update(state)
+            self.canvas, self.block_table, self.origin, self.pages_lost = canvas, table, origin, True
+            drawn.set_state(random)
+
+        return restore
 
     @property
     def rewrites(self) -> PageOrigin | None:

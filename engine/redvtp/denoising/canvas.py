@@ -7,6 +7,8 @@ bookkeeping on the host; the model never appears here. Each step is `masked_rows
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -51,6 +53,12 @@ class Canvas:
         self._stop_length = 0
         self._skip_decided_blocks()
         self._counts = self._plan_block()
+
+    def copy(self) -> Canvas:
+        """One that goes its own way from here."""
+        other = copy(self)
+        other.tokens = self.tokens.clone()
+        return other
 
     @property
     def gen_length(self) -> int:
