@@ -106,13 +106,13 @@ def test_rewritten_pages_are_the_pages(local: LocalEngine, mode: str, pruning: s
         local.runner.step([sequence])
     first = sequence.next_step().first
     assert first > 0
-    slots = local.runner._slots(sequence)[:first]
+    (slots,) = local.runner._slots([sequence], [first])
     before = [local.cache.read(layer, slots) for layer in range(local.cache.num_layers)]
     sequence.suspend()
     _spoil(local)
     sequence.resume(_blocks(local, sequence, 3))
     local.runner.rewrite_pages([sequence])
-    slots = local.runner._slots(sequence)[:first]
+    (slots,) = local.runner._slots([sequence], [first])
     for layer, (key, value) in enumerate(before):
         keys, values = local.cache.read(layer, slots)
         assert torch.equal(keys, key)
