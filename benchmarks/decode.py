@@ -105,6 +105,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         device=options.device,
         num_blocks=-(-options.cache_tokens // options.block_size),
         block_size=options.block_size,
+        # Every run is to look at its image.
+        vision_cache_bytes=0,
     )
     touch_cache(engine)
     measured = _measure(engine, _requests(engine, options), options)

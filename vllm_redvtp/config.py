@@ -77,10 +77,11 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Choose our scheduler and worker, and switch off what assumes one causal pass over the prompt."""
-        from vllm_redvtp.params import server_defaults
+        from vllm_redvtp.params import server_defaults, vision_cache_bytes
 
         _refuse_unsupported(vllm_config)
         server_defaults(vllm_config)
+        vision_cache_bytes(vllm_config)
         _use_our_parts(vllm_config)
         _schedule_synchronously(vllm_config)
         _size_kv_cache(vllm_config)

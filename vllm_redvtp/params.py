@@ -20,6 +20,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from redvtp.params import DenoisingParams, PruningParams
+from redvtp.vision.encoder import DEFAULT_CACHE_BYTES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,6 +35,8 @@ _DENOISING = {field.name for field in fields(DenoisingParams)} - _FROM_SAMPLING
 # `preset` alone would not say of what.
 _PRUNING = {"pruning" if field.name == "preset" else field.name: field.name for field in fields(PruningParams)}
 KNOBS = tuple(sorted(_DENOISING | set(_PRUNING) | {"report"}))
+# Of the server only, no request can ask for another.
+VISION_CACHE_GB = "vision_cache_gb"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +63,24 @@ def server_defaults(vllm_config: VllmConfig) -> dict[str, Any]:
     defaults = config.get("redvtp", {}) if isinstance(config, dict) else {}
     if not isinstance(defaults, dict):
         raise ValueError(f"additional_config 'redvtp' must be an object of knobs, got {defaults!r}")
+    defaults = {name: value for name, value in defaults.items() if name != VISION_CACHE_GB}
     for name in defaults:
         if name not in KNOBS:
-            raise ValueError(f"additional_config has an unknown redvtp knob {name!r}; allowed: {', '.join(KNOBS)}")
+            allowed = ", ".join((*KNOBS, VISION_CACHE_GB))
+            raise ValueError(f"additional_config has an unknown redvtp knob {name!r}; allowed: {allowed}")
     build_params(SamplingParams(temperature=0.0), default_gen_length(defaults), defaults)
-    return dict(defaults)
+    return defaults
+
+
+def vision_cache_bytes(vllm_config: VllmConfig) -> int:
+    """How much of visual tokens a worker remembers: `vision_cache_gb` (GiB) of the server. Raises ValueError for a
+    size that is none."""
+    config = vllm_config.additional_config
+    told = config.get("redvtp", {}) if isinstance(config, dict) else {}
+    size = told.get(VISION_CACHE_GB, DEFAULT_CACHE_BYTES / (1 << 30))
+    if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 <= size < float("inf"):
+        raise ValueError(f"{VISION_CACHE_GB} must be a number of GiB, 0 for no cache, got {size!r}")
+    return int(size * (1 << 30))
 
 
 def default_gen_length(defaults: Mapping[str, Any]) -> int:

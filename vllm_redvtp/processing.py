@@ -26,6 +26,7 @@ from vllm.multimodal.processing.processor import (
 
 from redvtp.models.config import DvlmConfig
 from redvtp.prompt import IMAGE_MARK, SpecialTokens, build_prompt_tokens, special_tokens, split_prompt
+from redvtp.vision.encoder import content_digest
 from redvtp.vision.merge import visual_token_count
 from redvtp.vision.tiling import ImageMode, image_mode, tile_image
 from vllm_redvtp.config import engine_config
@@ -92,6 +93,7 @@ class DvlmProcessor(BaseMultiModalProcessor[DvlmProcessingInfo]):
                 "pixel_values": torch.cat(tiles),
                 "num_tiles": torch.tensor([part.shape[0] for part in tiles]),
                 "image_sizes": torch.tensor([image.size for image in images]),
+                "image_digest": torch.tensor([list(content_digest(image)) for image in images], dtype=torch.uint8),
             }
         )
 
@@ -102,6 +104,8 @@ class DvlmProcessor(BaseMultiModalProcessor[DvlmProcessingInfo]):
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", num_tiles),
             "num_tiles": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
             "image_sizes": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+            # vLLM's own hash of an image is whatever the client says (`uuid`).
+            "image_digest": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> list[PromptUpdate]:

@@ -9,12 +9,13 @@ import torch
 
 from redvtp.kv.blocks import blocks_needed
 from redvtp.kv.cache import PagedKVCache
-from redvtp.models.dvlm import Dvlm
+from redvtp.models.dvlm import TILES_AT_ONCE, Dvlm
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
 from redvtp.runner import DenoisingRunner
 from redvtp.sequence import Sequence
 from redvtp.vision.tiling import image_mode
+from vllm_redvtp.params import vision_cache_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,12 +31,16 @@ def profile_largest_step(
     special: SpecialTokens,
     make_engine: Callable[[Dvlm, PagedKVCache], DenoisingRunner],
 ) -> None:
-    """Encode one image with the most tiles, then a first (scoring) step that fills the token budget."""
+    """Encode as many tiles as the tower takes at once and one image with the most, then a first (scoring) step that
+    fills the token budget."""
     config = model.config
     tile = config.tower.image_size
     canvas = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1], default=(tile, tile))
     mode = image_mode(config, 1)
     tiles = 1 if mode.mode == "pad" else 1 + canvas[0] // tile * (canvas[1] // tile)
+    # What images that come again will take, for as long as the rest runs.
+    remembered = torch.empty(vision_cache_bytes(vllm_config), dtype=torch.uint8, device=model.device)
+    model.tile_features(torch.zeros(TILES_AT_ONCE, 3, tile, tile))
     (visual,) = model.encode_images([torch.zeros(tiles, 3, tile, tile)], [canvas], mode)
 
     budget, longest = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
@@ -61,6 +66,7 @@ def profile_largest_step(
         )
         first_block += blocks
     make_engine(model, cache).step(batch)
+    del remembered
 
 
 def _one_layer_cache(model: Dvlm, vllm_config: VllmConfig, num_blocks: int) -> PagedKVCache:

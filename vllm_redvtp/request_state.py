@@ -14,41 +14,48 @@ from vllm_redvtp.planning import RequestPlan
 class DenoisingState:
     """plan: fixed at arrival. visual_spans: half-open ranges of prompt tokens, one for each image.
 
-    next_tokens: what the next step will compute. kv_tokens: held now.
-
+    next_tokens: what the next step will compute, resume_tokens: the same after a preemption. kv_tokens: held now, or
+    needed to go on.
+    last_step: the engine step in which it last took a step.
     canvas_done: the engine has nothing left to do, though vLLM has not ended the request yet.
     """
 
     plan: RequestPlan
     visual_spans: tuple[tuple[int, int], ...]
     next_tokens: int = 0
+    resume_tokens: int = 0
     kv_tokens: int = 0
     blocks_admitted: int = 0
     blocks_freed: int = 0
+    last_step: int = 0
     steps: int = 0
     visual_kept: int = 0
     canvas_done: bool = False
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.restart()
+        self.next_tokens = self.resume_tokens = self.kv_tokens = self.plan.kv_tokens
+        self.visual_kept = self.visual_tokens
 
     @property
     def visual_tokens(self) -> int:
         """Before any pruning."""
         return sum(end - start for start, end in self.visual_spans)
 
-    def restart(self) -> None:
-        """Back to before admission (at arrival, and after a preemption)."""
-        self.next_tokens = self.kv_tokens = self.plan.kv_tokens
-        self.blocks_admitted = self.blocks_freed = self.steps = 0
-        self.visual_kept = self.visual_tokens
-        self.trace.clear()
+    @property
+    def later_tokens(self) -> int:
+        """What its steps compute once the first is done."""
+        canvas = self.plan.kv_tokens - self.plan.prompt_tokens
+        return self.kv_tokens if self.plan.denoising.cache == "none" else canvas
+
+    def suspend(self) -> None:
+        """Preempted: what the pages held must be computed again."""
+        self.next_tokens = self.resume_tokens
 
     def record(self, report: StepReport, ms: float) -> None:
         """Take over what a step did. ms: how long it took, whatever else was in its batch."""
         self.steps += 1
-        self.next_tokens = report.next_tokens
+        self.next_tokens, self.resume_tokens = report.next_tokens, report.resume_tokens
         self.kv_tokens = report.kv_tokens
         self.canvas_done = report.finished
         if report.pruning is not None:

@@ -6,11 +6,15 @@ output. Everything about denoising and pruning is the engine's.
 
 from __future__ import annotations
 
+import operator
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
@@ -22,10 +26,12 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from redvtp.models.dvlm import Dvlm
 from redvtp.runner import DenoisingRunner
 from redvtp.sequence import Sequence, StepReport
+from redvtp.vision.encoder import ImageEncoder, ImageInput
 from redvtp.vision.tiling import image_mode
 from vllm_redvtp.config import engine_config
 from vllm_redvtp.kv_cache import allocate_kv_cache, kv_cache_spec
 from vllm_redvtp.output import DenoisingOutput
+from vllm_redvtp.params import vision_cache_bytes
 from vllm_redvtp.planning import RequestPlanner
 from vllm_redvtp.profiling import profile_largest_step
 
@@ -48,6 +54,7 @@ class DiffusionModelRunner:
         self.planner = RequestPlanner(vllm_config, cached_tokenizer_from_config(vllm_config.model_config))
         self.model: Dvlm
         self.model_memory_usage = 0
+        self.images: ImageEncoder
         self.sequences: dict[str, Sequence] = {}
         self._engine: DenoisingRunner
 
@@ -57,6 +64,7 @@ class DiffusionModelRunner:
             load_config.load_format = "dummy"
         loader = get_model_loader(load_config)
         self.model = loader.load_model(vllm_config=self.vllm_config, model_config=self.vllm_config.model_config)
+        self.images = ImageEncoder(self.model, vision_cache_bytes(self.vllm_config))
         self.model_memory_usage = sum(weight.nbytes for weight in self.model.parameters())
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -82,15 +90,12 @@ class DiffusionModelRunner:
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput, intermediate_tensors: Any = None) -> ModelRunnerOutput:
-        """Forget the finished, add the new, step the scheduled."""
+        """Forget the finished, suspend the preempted, resume or add the admitted, step the scheduled."""
         for request_id in scheduler_output.finished_req_ids:
             self.sequences.pop(request_id, None)
+        self._suspend_and_resume(scheduler_output)
         errors: dict[str, str] = {}
-        for request in scheduler_output.scheduled_new_reqs:
-            try:
-                self.sequences[request.req_id] = self._sequence(request)
-            except Exception as error:
-                errors[request.req_id] = _explain(request.req_id, error)
+        self._add(scheduler_output.scheduled_new_reqs, errors)
         scheduled = list(scheduler_output.num_scheduled_tokens)
         if not scheduled:
             return EMPTY_MODEL_RUNNER_OUTPUT
@@ -105,24 +110,63 @@ class DiffusionModelRunner:
             step_ms=(time.perf_counter() - started) * 1e3,
         )
 
-    def _sequence(self, request: NewRequestData) -> Sequence:
-        """The engine's view of an arriving request; runs the vision tower."""
+    def _suspend_and_resume(self, scheduler_output: SchedulerOutput) -> None:
+        """A preempted request keeps all but its pages here, on every rank, until it is resumed or ended."""
+        for request_id in scheduler_output.preempted_req_ids or ():
+            # It may have been aborted since.
+            if request_id in self.sequences:
+                self.sequences[request_id].suspend()
+        continuing = scheduler_output.scheduled_cached_reqs
+        for request_id, blocks in zip(continuing.req_ids, continuing.new_block_ids, strict=True):
+            if request_id in continuing.resumed_req_ids:
+                assert blocks is not None
+                self.sequences[request_id].resume(list(blocks[0]))
+
+    def _add(self, requests: list[NewRequestData], errors: dict[str, str]) -> None:
+        """Sequences for arriving requests; the vision tower takes the images of all of them together."""
+        try:
+            visual = iter(self.images.encode([image for request in requests for image in self._image_inputs(request)]))
+            encoded = [list(islice(visual, len(request.mm_features))) for request in requests]
+        except Exception as error:
+            if len(requests) > 1:
+                # Find out whose fault it is.
+                logger.warning("adding %d requests failed (%s); adding them one by one", len(requests), error)
+                for request in requests:
+                    self._add([request], errors)
+            else:
+                errors[requests[0].req_id] = _explain(requests[0].req_id, error)
+            return
+        for request, tokens in zip(requests, encoded, strict=True):
+            try:
+                self.sequences[request.req_id] = self._sequence(request, tokens)
+            except Exception as error:
+                errors[request.req_id] = _explain(request.req_id, error)
+
+    def _image_inputs(self, request: NewRequestData) -> list[ImageInput]:
+        images: list[dict[str, Any]] = [
+            feature.data.get_data() for feature in request.mm_features if feature.data is not None
+        ]
+        mode = image_mode(self.config, len(images))
+        return [
+            ImageInput(
+                bytes(image["image_digest"].tolist()),
+                partial(operator.itemgetter("pixel_values"), image),
+                tuple(image["image_sizes"].tolist()),
+                mode,
+            )
+            for image in images
+        ]
+
+    def _sequence(self, request: NewRequestData, visual: list[Tensor]) -> Sequence:
+        """The engine's view of an arriving request with these visual tokens, [visual, hidden] for each image."""
         prompt, sampling = request.prompt_token_ids, request.sampling_params
         # The scheduler refuses requests without them.
         assert prompt is not None
         assert sampling is not None
         plan = self.planner.plan(sampling, len(prompt), request.req_id)
-        images: list[dict[str, Any]] = [
-            feature.data.get_data() for feature in request.mm_features if feature.data is not None
-        ]
         spans = tuple(
             (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length)
             for feature in request.mm_features
-        )
-        visual = self.model.encode_images(
-            [image["pixel_values"] for image in images],
-            [tuple(image["image_sizes"].tolist()) for image in images],
-            image_mode(self.config, len(images)),
         )
         return Sequence(
             request.req_id,
@@ -136,33 +180,39 @@ class DiffusionModelRunner:
             suffix_ids=plan.suffix_ids,
             block_table=list(request.block_ids[0]),
             draft_ids=plan.draft_ids,
-            committed=tuple((request.prefill_token_ids or prompt)[len(prompt) :]),
         )
 
     def _step(self, batch: list[Sequence], errors: dict[str, str]) -> dict[str, StepReport]:
-        """One step of the batch. What fails is reported in `errors` and costs only the requests it concerns."""
-        done = {sequence.request_id: sequence.steps_done for sequence in batch}
+        """One step of the batch. What fails is reported in `errors` and costs only the requests it concerns.
+
+        Tensor-parallel ranks run the same code over the same numbers, so they fail, and try again, alike.
+        """
+        if not batch:
+            return {}
+        restore = [sequence.snapshot() for sequence in batch]
         try:
-            reports = self._engine.step(batch) if batch else []
+            return {report.request_id: report for report in self._engine.step(batch)}
         except Exception as error:
             if len(batch) == 1:
                 errors[batch[0].request_id] = _explain(batch[0].request_id, error)
                 return {}
-            # Find out whose fault it is: the untouched ones again, each by itself.
+            # Find out whose fault it is: all back to where they were, and each by itself.
             logger.warning("a step of %d requests failed (%s); stepping them one by one", len(batch), error)
+            for undo in restore:
+                undo()
             found: dict[str, StepReport] = {}
             for sequence in batch:
-                if sequence.steps_done != done[sequence.request_id]:
-                    errors[sequence.request_id] = _explain(sequence.request_id, error)
-                else:
-                    found |= self._step([sequence], errors)
+                found |= self._step([sequence], errors)
             return found
-        return {report.request_id: report for report in reports}
 
     def _make_engine(self, model: Dvlm, cache: Any) -> DenoisingRunner:
         # Each rank has its own heads; all must choose the same visual tokens.
         reduce = tensor_model_parallel_all_reduce if get_tensor_model_parallel_world_size() > 1 else None
         return DenoisingRunner(model, cache, self.planner.special, reduce_scores=reduce)
+
+    def reset_encoder_cache(self) -> None:
+        """As after new weights: what the old ones saw in an image is worth nothing."""
+        self.images.clear()
 
     # Asked for by vLLM's workers; nothing to do here.
 
@@ -185,8 +235,6 @@ class DiffusionModelRunner:
         self.planner = RequestPlanner(self.vllm_config, cached_tokenizer_from_config(self.vllm_config.model_config))
 
     def reset_mm_cache(self) -> None: ...
-
-    def reset_encoder_cache(self) -> None: ...
 
     def shutdown(self) -> None:
         self.sequences.clear()

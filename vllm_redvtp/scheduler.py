@@ -1,9 +1,11 @@
 """DiffusionScheduler: vLLM's scheduler for requests that recompute their canvas step by step and shrink while they run.
 
-Every running request takes one denoising step in each engine step. Blocks for prompt and canvas are taken once, at
-admission, so a running request never waits for memory; after a pruning the tail of its block table goes back to
-vLLM's pool before the next admission. Queues, aborts, stop checks, outputs and metrics are vLLM's. Scheduling is
-synchronous (see vllm_redvtp.config): the step whose blocks are freed has always finished.
+Every running request takes one denoising step in each engine step, as far as the token budget goes; who has waited
+longest comes first, so nobody waits more than max_num_seqs engine steps. Blocks for prompt and canvas are taken once,
+at admission, so a running request never waits for memory; after a pruning the tail of its block table goes back to
+vLLM's pool before the next admission. A preempted request loses its blocks and nothing else: the workers keep its
+sequence. Queues, aborts, stop checks, outputs and metrics are vLLM's. Scheduling is synchronous (see
+vllm_redvtp.config): the step whose blocks are freed has always finished.
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ class DiffusionScheduler(Scheduler):
         # Requests the next update ends without new tokens, with the sentence for those that failed.
         self._ending: dict[str, str | None] = {}
         self._refused_sessions: set[str] = set()
+        # Whether every running request took a step in the last engine step.
+        self._all_stepped = True
 
     # Arrival
 
@@ -103,32 +107,62 @@ class DiffusionScheduler(Scheduler):
         self.current_step += 1
         self.kv_cache_manager.new_step_starts()
         stepping: dict[str, int] = {}
+        admitted: list[Request] = []
+        admitting = self._pause_state == PauseState.UNPAUSED
+        if admitting and self._head_goes_first():
+            admitted = self._admit_waiting(stepping, limit=1)
         paused = self._pause_state == PauseState.PAUSED_ALL
         continuing = [] if paused else self._continue_running(stepping)
-        admitted = [] if self._pause_state != PauseState.UNPAUSED else self._admit_waiting(stepping)
+        if admitting:
+            admitted += self._admit_waiting(stepping)
+        states = [self._states[request.request_id] for request in (*continuing, *admitted)]
+        for state in states:
+            state.last_step = self.current_step
+        self._all_stepped = len(states) == len(self.running)
         return self._scheduler_output(stepping, continuing, admitted)
 
+    def _head_goes_first(self) -> bool:
+        """Whether the first of the queue takes its step before the running ones.
+
+        First steps are long, response steps short: a long prompt that has room among the running ones would otherwise
+        wait until most of them have ended. Not while somebody waits already: see _continue_running.
+        """
+        if not self.waiting or not self.running or not self._all_stepped:
+            return False
+        request_id = self.waiting.peek_request().request_id
+        if request_id in self._ending:
+            return False
+        state, budget = self._states[request_id], self.max_num_scheduled_tokens
+        running = sum(self._states[request.request_id].next_tokens for request in self.running)
+        return running + state.later_tokens <= budget < running + state.next_tokens
+
     def _continue_running(self, stepping: dict[str, int]) -> list[Request]:
-        """Running requests that take a step; `stepping` gets their costs. Those over the token budget wait a step."""
+        """Running requests that take a step; `stepping` gets their costs.
+
+        Who stepped longest ago comes first, and who comes first always steps. So in each engine step the longest
+        waiting one goes, but for one in which the head of the queue went first: nobody waits longer than there are
+        running requests.
+        """
         continuing = []
-        for request in self.running:
-            state = self._states[request.request_id]
-            if request.request_id not in self._ending and self._within_budget(state, stepping):
-                stepping[request.request_id] = state.next_tokens
+        for request in sorted(self.running, key=lambda request: self._states[request.request_id].last_step):
+            request_id = request.request_id
+            state = self._states[request_id]
+            if request_id not in self._ending and request_id not in stepping and self._within_budget(state, stepping):
+                stepping[request_id] = state.next_tokens
                 continuing.append(request)
         return continuing
 
-    def _admit_waiting(self, stepping: dict[str, int]) -> list[Request]:
-        """First come, first served, while there are tokens in the budget, blocks in the pool and running slots."""
+    def _admit_waiting(self, stepping: dict[str, int], limit: int | None = None) -> list[Request]:
+        """First come, first served (or by priority), while there are tokens in the budget, blocks and running slots."""
         admitted: list[Request] = []
-        while self.waiting and len(self.running) < self.max_num_active_reqs:
+        while self.waiting and len(self.running) < self.max_num_active_reqs and len(admitted) != limit:
             request = self.waiting.peek_request()
             if request.request_id in self._ending:
                 break
             state = self._states[request.request_id]
             if not self._within_budget(state, stepping):
                 break
-            if self.kv_cache_manager.allocate_slots(request, state.plan.kv_tokens) is None:
+            if self.kv_cache_manager.allocate_slots(request, state.kv_tokens) is None:
                 break
             self.waiting.pop_request()
             self.deferred_waiting.discard(request)
@@ -142,9 +176,10 @@ class DiffusionScheduler(Scheduler):
         return not stepping or sum(stepping.values()) + state.next_tokens <= self.max_num_scheduled_tokens
 
     def _start(self, request: Request, state: DenoisingState) -> None:
+        if request.num_preemptions <= 0:
+            state.blocks_admitted = len(self._blocks_of[request.request_id])
         self.running.append(request)
         request.status = RequestStatus.RUNNING
-        state.blocks_admitted = len(self._blocks_of[request.request_id])
         if request.prefill_stats is not None and request.num_preemptions <= 0:
             request.prefill_stats.set(
                 num_prompt_tokens=request.num_prompt_tokens, num_local_cached_tokens=0, num_external_cached_tokens=0
@@ -155,36 +190,39 @@ class DiffusionScheduler(Scheduler):
     def _scheduler_output(
         self, stepping: dict[str, int], continuing: list[Request], admitted: list[Request]
     ) -> SchedulerOutput:
+        new = [request for request in admitted if request.num_preemptions <= 0]
+        resumed = [request for request in admitted if request.num_preemptions > 0]
+        known = [*continuing, *resumed]
         output = SchedulerOutput(
             scheduled_new_reqs=[
-                # All token ids: after a preemption the worker keeps what was already streamed.
-                NewRequestData.from_request(
-                    request, self.kv_cache_manager.get_block_ids(request.request_id), request._all_token_ids
-                )
-                for request in admitted
+                NewRequestData.from_request(request, self.kv_cache_manager.get_block_ids(request.request_id))
+                for request in new
             ],
             scheduled_cached_reqs=CachedRequestData(
-                req_ids=[request.request_id for request in continuing],
-                resumed_req_ids=set(),
+                req_ids=[request.request_id for request in known],
+                resumed_req_ids={request.request_id for request in resumed},
                 new_token_ids=[],
+                # A resumed request's canvas and all else is still with the workers.
                 all_token_ids={},
-                new_block_ids=[None] * len(continuing),
-                num_computed_tokens=[request.num_computed_tokens for request in continuing],
-                num_output_tokens=[request.num_output_tokens for request in continuing],
+                new_block_ids=[
+                    *[None] * len(continuing),
+                    *(self.kv_cache_manager.get_block_ids(request.request_id) for request in resumed),
+                ],
+                num_computed_tokens=[request.num_computed_tokens for request in known],
+                num_output_tokens=[request.num_output_tokens for request in known],
             ),
             num_scheduled_tokens=stepping,
             total_num_scheduled_tokens=sum(stepping.values()),
             scheduled_spec_decode_tokens={},
             # The worker runs the vision tower when a request arrives there; vLLM's encoder cache has no part in it.
             scheduled_encoder_inputs={},
-            # The worker forgets preempted requests too; they come again as new ones.
-            finished_req_ids=self.finished_req_ids | self.reset_preempted_req_ids,
+            finished_req_ids=self.finished_req_ids,
             free_encoder_mm_hashes=self.encoder_cache_manager.get_freed_mm_hashes(),
             preempted_req_ids=self.reset_preempted_req_ids,
             new_block_ids_to_zero=self._get_new_block_ids_to_zero(),
         )
         # After the output is built: vLLM strips images from it that computed tokens cover.
-        for request in (*continuing, *admitted):
+        for request in (*known, *new):
             request.num_in_flight_tokens += stepping[request.request_id]
             # vLLM counts its prefill by this; here the prompt is computed whole in the first step.
             request.num_computed_tokens = request.num_prompt_tokens
@@ -260,9 +298,9 @@ class DiffusionScheduler(Scheduler):
         )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Only `/reset_prefix_cache` and `/pause` preempt; the request starts again with what it has streamed kept."""
+        """Take all blocks of a request; it queues for others and goes on from where it was."""
         super()._preempt_request(request, *args, **kwargs)
-        self._states[request.request_id].restart()
+        self._states[request.request_id].suspend()
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> tuple[dict[str, Any] | None, Any]:
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)

@@ -14,12 +14,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL.Image import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from redvtp.denoising.draft import lay_out
@@ -32,6 +34,7 @@ from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
 from redvtp.runner import DenoisingRunner
 from redvtp.sequence import Sequence, StepReport
+from redvtp.vision.encoder import DEFAULT_CACHE_BYTES, ImageEncoder, ImageInput, content_digest
 from redvtp.vision.merge import visual_token_count
 from redvtp.vision.tiling import image_mode, tile_image
 
@@ -84,8 +87,9 @@ class LocalEngine:
 
     model: checkpoint folder. dtype: float32, bfloat16, float16 or auto (the checkpoint's). block_size: tokens in a
     cache block.
-    num_blocks: cache blocks in all. max_model_len: longest prompt + canvas + suffix. config_overrides: config.json
-    keys to replace, such as {"image_aspect_ratio": "pad"}.
+    num_blocks: cache blocks in all. max_model_len: longest prompt + canvas + suffix. vision_cache_bytes: visual tokens
+    remembered for images that come again, 0 for none. config_overrides: config.json keys to replace, such as
+    {"image_aspect_ratio": "pad"}.
 
     Raises ValueError for a checkpoint that is incomplete or of another architecture.
     """
@@ -100,6 +104,7 @@ class LocalEngine:
         num_blocks: int | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
+        vision_cache_bytes: int = DEFAULT_CACHE_BYTES,
         config_overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self.config: DvlmConfig = load_config(model, config_overrides)
@@ -108,6 +113,7 @@ class LocalEngine:
         self.tokenizer = load_tokenizer(model)
         self.special = special_tokens(self.tokenizer, self.config)
         self.model = _load_model(Path(model), self.config, self.dtype, self.device)
+        self.images = ImageEncoder(self.model, vision_cache_bytes)
         self.max_model_len = max_model_len or self.config.max_length
         self.max_num_seqs = max_num_seqs
         self.cache = self._make_cache(block_size, num_blocks)
@@ -164,11 +170,20 @@ class LocalEngine:
     def sequence(
         self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str = ""
     ) -> Sequence:
-        """A sequence ready for its first step; runs the vision tower."""
-        denoising, draft_ids = self._lay_out(request)
+        """A sequence ready for its first step; runs the vision tower over images it has not seen."""
+        return self._sequence(request, prompt, block_table, request_id, self.images.encode(self._image_inputs(request)))
+
+    def _image_inputs(self, request: Request) -> list[ImageInput]:
         mode = image_mode(self.config, len(request.images))
-        pixels = [tile_image(image, self.config, mode.mode) for image in request.images]
-        visual = self.model.encode_images(pixels, [image.size for image in request.images], mode)
+        return [
+            ImageInput(content_digest(image), partial(tile_image, image, self.config, mode.mode), image.size, mode)
+            for image in request.images
+        ]
+
+    def _sequence(
+        self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str, visual: list[Tensor]
+    ) -> Sequence:
+        denoising, draft_ids = self._lay_out(request)
         ids = torch.tensor(prompt.ids, device=self.device)
         return Sequence(
             request_id,
@@ -218,18 +233,33 @@ class LocalEngine:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return ids
 
+    @torch.inference_mode()
     def _admit(self, waiting: deque[tuple[int, tuple[Generation, PromptTokens]]], running: list[_Running]) -> None:
-        while waiting and len(running) < self.max_num_seqs:
+        admitted: list[tuple[int, Generation, PromptTokens, list[int]]] = []
+        while waiting and len(running) + len(admitted) < self.max_num_seqs:
             number, (generation, prompt) = waiting[0]
             denoising = generation.request.denoising
             tokens = len(prompt.ids) + denoising.gen_length + len(self._encode(denoising.suffix))
             blocks = self.blocks.allocate(blocks_needed(tokens, self.cache.block_size))
             if blocks is None:
-                return
+                break
             waiting.popleft()
-            admitted = time.perf_counter()
-            sequence = self.sequence(generation.request, prompt, list(blocks), str(number))
-            running.append(_Running(sequence, generation, blocks, admitted))
+            admitted.append((number, generation, prompt, blocks))
+        started = time.perf_counter()
+        try:
+            # The tower takes the images of all of them together.
+            visual = iter(
+                self.images.encode([image for _, entry, *_ in admitted for image in self._image_inputs(entry.request)])
+            )
+        except BaseException:
+            for *_, blocks in admitted:
+                self.blocks.free(blocks)
+            raise
+        for number, generation, prompt, blocks in admitted:
+            request = generation.request
+            own = list(islice(visual, len(request.images)))
+            sequence = self._sequence(request, prompt, list(blocks), str(number), own)
+            running.append(_Running(sequence, generation, blocks, started))
 
     def _step(self, running: list[_Running]) -> None:
         started = time.perf_counter()

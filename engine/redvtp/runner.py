@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, count
 
 import torch
 from torch import Tensor
@@ -15,9 +16,10 @@ from torch import Tensor
 from redvtp.attention.batch import Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppress
-from redvtp.kv.blocks import blocks_needed, slots_of
+from redvtp.kv.blocks import blocks_needed, slots_of_all
 from redvtp.kv.cache import PagedKVCache
-from redvtp.kv.compaction import compact, plan_compaction
+from redvtp.kv.compaction import CompactionPlan, compact, joined, plan_compaction
+from redvtp.kv.rewriting import RewritingAttention
 from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
@@ -73,6 +75,7 @@ class DenoisingRunner:
         plans = [sequence.next_step() for sequence in batch]
         positions = [(sequence.canvas.block, sequence.steps_done) for sequence in batch]
         held = [blocks_needed(sequence.total_length, self.cache.block_size) for sequence in batch]
+        self.rewrite_pages(batch)
         self.encode_prompts([sequence for sequence in batch if sequence.encodes_prompt_next()])
         # An end token right behind the prompt leaves nothing to denoise.
         prunings = self._denoise([sequence for sequence in batch if not sequence.finished])
@@ -96,10 +99,36 @@ class DenoisingRunner:
                     finished=sequence.finished,
                     finish_reason=sequence.finish_reason,
                     next_tokens=0 if sequence.finished else sequence.next_step().tokens_computed,
+                    resume_tokens=0 if sequence.finished else sequence.resume_tokens(),
                     pruning=prunings.get(id(sequence)),
                 )
             )
         return reports
+
+    @torch.inference_mode()
+    def rewrite_pages(self, batch: list[Sequence]) -> None:
+        """Write again what the next step of suspended sequences reads from pages, as it was."""
+        lost = [(sequence, origin) for sequence in batch if (origin := sequence.rewrites) is not None]
+        if lost:
+            origins = [origin for _, origin in lost]
+            ids = torch.cat([origin.canvas_ids for origin in origins]).to(self.model.device)
+            responses = self.model.embed(ids).split([origin.canvas_ids.numel() for origin in origins])
+            rows = [part for origin, response in zip(origins, responses, strict=True)
+                    for part in (origin.prompt_embeds, response)]  # fmt: skip
+            ends = list(accumulate(origin.tokens for origin in origins))
+            segments = [Segment(start, end, write_slots=None) for start, end in zip([0, *ends], ends, strict=False)]
+            attention = RewritingAttention(
+                self._attention(segments),
+                segments,
+                origins,
+                self._slots([sequence for sequence, _ in lost], [sequence.next_step().first for sequence, _ in lost]),
+                self.cache,
+                self.model.language_model.rotary,
+            )
+            positions = torch.cat([origin.positions for origin in origins])
+            self.model.language_model(torch.cat(rows), positions, attention)
+        for sequence in batch:
+            sequence.pages_lost = False
 
     @torch.inference_mode()
     def encode_prompts(self, batch: list[Sequence]) -> None:
@@ -109,42 +138,54 @@ class DenoisingRunner:
         """
         if not batch:
             return
-        segments: list[Segment] = []
-        end = 0
+        lengths = [sequence.prompt_length for sequence in batch]
+        ends = list(accumulate(lengths))
+        segments = [Segment(*part) for part in zip([0, *ends], ends, self._slots(batch, lengths), strict=False)]
         for sequence in batch:
-            start, end = end, end + sequence.prompt_length
-            segments.append(Segment(start, end, self._slots(sequence)[: sequence.prompt_length]))
+            sequence.note_origin()
         rows = torch.cat([sequence.prompt_embeds for sequence in batch])
         positions = torch.cat([sequence.prompt_positions for sequence in batch])
         hidden = self.model.language_model(rows, positions, self._attention(segments))
-        for sequence, segment in zip(batch, segments, strict=True):
-            if sequence.shifted_logits:
-                logits = self._logits(hidden[segment.end - 1 : segment.end])
-                sequence.canvas.decide(0, int(logits[0, : self.special.vocab].argmax()))
+        if self.model.config.family.shifted_logits:
+            last = self._logits(hidden[torch.tensor(ends, device=hidden.device) - 1])
+            for sequence, token in zip(batch, last[:, : self.special.vocab].argmax(-1).tolist(), strict=True):
+                sequence.canvas.decide(0, token)
 
     def _denoise(self, batch: list[Sequence]) -> dict[int, PruningReport]:
         """Forward, commit and prune; the prunings by the `id` of their sequence."""
         if not batch:
             return {}
         packed = self.forward(batch)
+        for sequence, plan in zip(batch, packed.plans, strict=True):
+            if sequence.denoising.cache == "prefix" and plan.kind == "full":
+                sequence.note_origin()
         undecided = [sequence.canvas.masked() for sequence in batch]
         steps = [sequence.steps_done for sequence in batch]
         pruning_due = [sequence.prunes_next() for sequence in batch]
-        prunings: dict[int, PruningReport] = {}
-        for index, (sequence, committed) in enumerate(zip(batch, self._commit(batch, packed), strict=True)):
+        still_masked: list[Tensor] = []
+        for sequence, before, committed in zip(batch, undecided, self._commit(batch, packed), strict=True):
             if self.model.config.family.scores_proposed_masks:
-                still_masked = sequence.canvas.masked()
+                after = sequence.canvas.masked()
             else:
                 # A committed row is decided even if the model proposed the mask id for it.
-                still_masked = undecided[index].index_fill(0, committed, False)
-            still_masked = still_masked[undecided[index]]
+                after = before.index_fill(0, committed, False)
+            still_masked.append(after[before])
+        importances = self._importances(packed.segments, still_masked)
+        prunings: dict[int, PruningReport] = {}
+        moves: list[CompactionPlan] = []
+        for index, sequence in enumerate(batch):
+            importance = importances.get(index)
+            if importance is not None and self.observe is not None:
+                self.observe(sequence, steps[index], importance)
             # With nothing left to decide there is nothing to prune for.
-            if bool(still_masked.any()):
-                importance = self._importance(packed.segments[index].scores, still_masked)
-                if importance is not None and self.observe is not None:
-                    self.observe(sequence, steps[index], importance)
-                if pruning_due[index]:
-                    prunings[id(sequence)] = self._prune(sequence, importance, steps[index])
+            if pruning_due[index] and bool(still_masked[index].any()):
+                prunings[id(sequence)] = self._prune(sequence, importance, steps[index], moves)
+        if moves:
+            compact(self.cache, joined(moves), self.model.language_model.rotary)
+        for sequence in batch:
+            # Not a moment longer: it may hold the embeddings of the tokens that were dropped.
+            if sequence.finished or sequence.next_step().first == 0:
+                sequence.origin = None
         return prunings
 
     @torch.inference_mode()
@@ -152,34 +193,36 @@ class DenoisingRunner:
         """The model over every sequence's next step. Writes K/V pages; changes no sequence."""
         plans = [sequence.next_step() for sequence in batch]
         canvas_starts = [max(0, plan.first - seq.prompt_length) for plan, seq in zip(plans, batch, strict=True)]
-        responses = [
-            torch.cat((seq.canvas.tokens[start:], seq.suffix_ids))
-            for seq, start in zip(batch, canvas_starts, strict=True)
-        ]
-        embedded = self.model.embed(torch.cat(responses).to(self.model.device)).split([r.numel() for r in responses])
+        ids = [ids for seq, start in zip(batch, canvas_starts, strict=True)
+               for ids in (seq.canvas.tokens[start:], seq.suffix_ids)]  # fmt: skip
+        counts = [first.numel() + second.numel() for first, second in zip(ids[::2], ids[1::2], strict=True)]
+        embedded = self.model.embed(torch.cat(ids).to(self.model.device)).split(counts)
+        slots = self._slots(batch, [sequence.total_length for sequence in batch])
+        ends = [seq.canvas_position + seq.gen_length + seq.suffix_ids.numel() for seq in batch]
+        counting = torch.arange(max(ends), device=self.model.device)
         rows: list[Tensor] = []
         positions: list[Tensor] = []
         segments: list[Segment] = []
-        end = 0
-        for sequence, plan, start, response in zip(batch, plans, canvas_starts, embedded, strict=True):
+        row = 0
+        parts = zip(batch, plans, canvas_starts, embedded, slots, ends, strict=True)
+        for sequence, plan, start, response, own, end in parts:
             rows += [sequence.prompt_embeds[plan.first :], response]
-            positions += [sequence.prompt_positions[plan.first :], sequence.response_positions(start)]
-            segments.append(self._segment(sequence, plan, end))
-            end = segments[-1].end
+            positions += [sequence.prompt_positions[plan.first :], counting[sequence.canvas_position + start : end]]
+            segments.append(self._segment(sequence, plan, row, own))
+            row = segments[-1].end
         hidden = self.model.language_model(torch.cat(rows), torch.cat(positions), self._attention(segments))
         return PackedStep(hidden, segments, plans)
 
     def _attention(self, segments: list[Segment]) -> TorchPagedAttention:
         return TorchPagedAttention(self.cache, segments, scale=self.model.config.head_dim**-0.5)
 
-    def _slots(self, sequence: Sequence) -> Tensor:
-        """[total_length] int64, the cache slots of all its tokens."""
-        table = torch.tensor(sequence.block_table, device=self.model.device)
-        return slots_of(table, 0, sequence.total_length, self.cache.block_size)
+    def _slots(self, batch: list[Sequence], lengths: list[int]) -> list[Tensor]:
+        """For each sequence [length] int64, the cache slots of its first tokens."""
+        tables = [sequence.block_table for sequence in batch]
+        return slots_of_all(tables, lengths, self.cache.block_size, self.model.device)
 
-    def _segment(self, sequence: Sequence, plan: StepPlan, first_row: int) -> Segment:
+    def _segment(self, sequence: Sequence, plan: StepPlan, first_row: int, slots: Tensor) -> Segment:
         device, config = self.model.device, self.model.config
-        slots = self._slots(sequence)
         scores = None
         observed = self.observe is not None and plan.kind == "full" and sequence.num_visual > 0
         if observed or sequence.scores_next():
@@ -211,11 +254,8 @@ class DenoisingRunner:
         candidates = [
             sequence.canvas.masked_rows(plan.start) for sequence, plan in zip(batch, packed.plans, strict=True)
         ]
-        rows = [
-            packed.logit_rows(index, sequence, masked)
-            for index, (sequence, masked) in enumerate(zip(batch, candidates, strict=True))
-        ]
-        logits = self._logits(packed.hidden.index_select(0, torch.cat(rows).to(packed.hidden.device)))
+        rows = torch.cat([packed.logit_rows(*part) for part in zip(count(), batch, candidates, strict=False)])
+        logits = self._logits(packed.hidden.index_select(0, rows.to(packed.hidden.device)))
         counts = [masked.numel() for masked in candidates]
         choices = [Choice(seq.denoising.temperature, seq.denoising.remasking, seq.generator) for seq in batch]
         proposals = propose(logits, self.special.vocab, choices, counts)
@@ -227,37 +267,50 @@ class DenoisingRunner:
             committed.append(masked[chosen])
         return committed
 
-    def _importance(self, scores: AttentionScores | None, still_masked: Tensor) -> Tensor | None:
-        """[visual] float32, of a step that was scored."""
-        if scores is None:
-            return None
-        by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())
-        return masked_row_importance(by_row, still_masked.to(by_row.device)).cpu()
+    def _importances(self, segments: list[Segment], still_masked: list[Tensor]) -> dict[int, Tensor]:
+        """[visual] float32 on the CPU, for each segment that was scored and has something left to decide."""
+        scored = {
+            index: segment.scores.by_row()
+            for index, (segment, masked) in enumerate(zip(segments, still_masked, strict=True))
+            if segment.scores is not None and bool(masked.any())
+        }
+        if not scored:
+            return {}
+        if self._reduce_scores is not None:
+            # Once for all of them.
+            summed = self._reduce_scores(torch.cat([rows.flatten() for rows in scored.values()]))
+            parts = summed.split([rows.numel() for rows in scored.values()])
+            scored = {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
+        found = [masked_row_importance(rows, still_masked[index].to(rows.device)) for index, rows in scored.items()]
+        return dict(zip(scored, torch.cat(found).cpu().split([part.numel() for part in found]), strict=True))
 
-    def _prune(self, sequence: Sequence, importance: Tensor | None, step: int) -> PruningReport:
-        """Drop the least important visual tokens, or those a control picks."""
+    def _prune(
+        self, sequence: Sequence, importance: Tensor | None, step: int, moves: list[CompactionPlan]
+    ) -> PruningReport:
+        """Drop the least important visual tokens, or those a control picks. `moves` gets what the pages need."""
         before = sequence.num_visual
-        count = tokens_to_keep(before, sequence.pruning.keep_ratio)
+        keep = tokens_to_keep(before, sequence.pruning.keep_ratio)
         if sequence.pruning.preset == "random":
             importance = torch.rand(before, generator=sequence.generator)
-            kept = most_important(importance, count)
+            kept = most_important(importance, keep)
         elif sequence.pruning.preset == "uniform":
             importance = torch.ones(before)
-            kept = evenly_spaced(before, count)
+            kept = evenly_spaced(before, keep)
         else:
             assert importance is not None
-            kept = most_important(importance, count)
+            kept = most_important(importance, keep)
         if kept.numel() < before:
-            self._drop(sequence, kept)
+            self._drop(sequence, kept, moves)
         return PruningReport(step, None, before, kept.numel(), importance.tolist(), kept.tolist())
 
-    def _drop(self, sequence: Sequence, kept: Tensor) -> None:
+    def _drop(self, sequence: Sequence, kept: Tensor, moves: list[CompactionPlan]) -> None:
         table = torch.tensor(sequence.block_table, device=self.model.device)
         rows, old_positions, new_positions = sequence.drop_visual(kept)
         # What the next step computes again is about to be overwritten.
         kept_rows = 0 if sequence.finished else sequence.next_step().first
         if kept_rows:
             rows, old_positions, new_positions = (part[:kept_rows] for part in (rows, old_positions, new_positions))
-            plan = plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size)
-            compact(self.cache, plan, self.model.language_model.rotary)
+            moves.append(plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size))
+            assert sequence.origin is not None, "pages that are kept came from somewhere"
+            sequence.origin.moves.append((rows, new_positions - old_positions))
         del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]

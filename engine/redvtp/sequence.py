@@ -2,18 +2,20 @@
 
 A sequence is host bookkeeping plus one tensor of prompt embeddings; `DenoisingRunner` does the computing. The caller
 gives it cache blocks for `total_length` tokens and takes back those beyond the end of `block_table` after a step that
-pruned.
+pruned. `suspend` and `resume` take all blocks away and give others: the sequence goes on as if nothing had happened.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from redvtp.denoising.canvas import Canvas
 from redvtp.denoising.schedule import schedule_of
+from redvtp.kv.rewriting import PageOrigin
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
 
@@ -24,7 +26,8 @@ class StepPlan:
 
     first: the row the forward begins with, of prompt, canvas and suffix; those before are read from pages.
     start: canvas rows from here on may be decided.
-    tokens_computed: also counts a prompt that is encoded alone before the forward.
+    tokens_computed: also counts what another forward computes before it: a prompt that is encoded alone, or pages that
+    are written again.
     """
 
     kind: str
@@ -51,7 +54,8 @@ class StepReport:
 
     new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. answer_length: the
     canvas tokens before the first stop sequence so far, all of them without one. prompt_length: kept prompt tokens
-    after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will compute.
+    after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will compute;
+    resume_tokens: the same if the sequence is suspended before it.
     """
 
     request_id: str
@@ -69,6 +73,7 @@ class StepReport:
     finished: bool
     finish_reason: str | None
     next_tokens: int
+    resume_tokens: int
     pruning: PruningReport | None = field(default=None)
 
 
@@ -77,8 +82,7 @@ class Sequence:
 
     prompt_embeds: [prompt, hidden], visual tokens in place. visual_spans: half-open ranges of the visual tokens in it,
     one for each image. shifted_logits: see `Family`. stop_ids: the stop strings as token sequences. suffix_ids: tokens
-    after the canvas. block_table: cache blocks for `total_length` tokens. committed: canvas tokens that were streamed
-    before a preemption. draft_ids: see `Canvas`.
+    after the canvas. block_table: cache blocks for `total_length` tokens. draft_ids: see `Canvas`.
     """
 
     def __init__(
@@ -93,7 +97,6 @@ class Sequence:
         stop_ids: tuple[tuple[int, ...], ...] = (),
         suffix_ids: tuple[int, ...] = (),
         block_table: list[int] | None = None,
-        committed: tuple[int, ...] = (),
         draft_ids: tuple[int, ...] = (),
     ) -> None:
         self.request_id = request_id
@@ -109,6 +112,9 @@ class Sequence:
         self.suffix_ids = torch.tensor(suffix_ids, dtype=torch.int64)
         self.canvas_position = prompt_embeds.shape[0]
         self.block_table = block_table if block_table is not None else []
+        # Where the pages that the next steps read come from; None while they read none.
+        self.origin: PageOrigin | None = None
+        self.pages_lost = False
         self._end_tokens = () if denoising.ignore_eos else special.end_ids
         self.canvas = Canvas(
             denoising.gen_length,
@@ -116,7 +122,6 @@ class Sequence:
             denoising.resolved_steps,
             special.mask_id,
             stop_ids + tuple((token,) for token in self._end_tokens),
-            committed,
             schedule_of(denoising.schedule, denoising.schedule_shift),
             draft_ids,
         )
@@ -164,9 +169,47 @@ class Sequence:
         suffix: list[int] = self.suffix_ids.tolist()
         return self.canvas.answer() + suffix
 
+    def suspend(self) -> None:
+        """Give up all pages (the caller frees the blocks). Everything else stays."""
+        self.block_table = []
+        self.pages_lost = True
+
+    def resume(self, block_table: list[int]) -> None:
+        """Go on with other blocks, enough for `total_length` tokens."""
+        self.block_table = block_table
+
+    def snapshot(self) -> Callable[[], None]:
+        """What takes back all that happens from here on: to be called after a step that failed half way, before the
+        caller has freed blocks. Pages count as lost, for who knows what was written."""
+        # Tensors of a sequence are replaced and never written to, but for those of its canvas.
+        state, canvas, table, drawn = dict(vars(self)), self.canvas.copy(), list(self.block_table), self.generator
+        random = drawn.get_state()
+        origin = self.origin and replace(self.origin, moves=list(self.origin.moves))
+
+        def restore() -> None:
+            vars(self).update(state)
+            self.canvas, self.block_table, self.origin, self.pages_lost = canvas, table, origin, True
+            drawn.set_state(random)
+
+        return restore
+
+    @property
+    def rewrites(self) -> PageOrigin | None:
+        """What must be computed again before the next step, because it reads pages that were lost."""
+        return self.origin if self.pages_lost else None
+
     def next_step(self) -> StepPlan:
         """Whether the next step is full or a response step (docs/architecture.md: decoding modes), and what it
         computes."""
+        plan = self._next_step()
+        again = self.rewrites
+        return plan if again is None else replace(plan, tokens_computed=plan.tokens_computed + again.tokens)
+
+    def resume_tokens(self) -> int:
+        """What the next step computes if the pages are lost before it."""
+        return self._next_step().tokens_computed + (self.origin.tokens if self.origin is not None else 0)
+
+    def _next_step(self) -> StepPlan:
         total, prompt = self.total_length, self.prompt_length
         if self.denoising.cache == "prefix_lm":
             computed = total if self.encodes_prompt_next() else total - prompt
@@ -194,6 +237,16 @@ class Sequence:
         """Positions of the canvas from row `start` on, and of the suffix behind it."""
         first, end = self.canvas_position + start, self.canvas_position + self.gen_length + self.suffix_ids.numel()
         return torch.arange(first, end, device=self.prompt_positions.device)
+
+    def note_origin(self) -> None:
+        """Remember what the forward that is about to run computes pages from."""
+        alone = self.denoising.cache == "prefix_lm"
+        canvas_ids = torch.cat((self.canvas.tokens, self.suffix_ids))
+        self.origin = PageOrigin(
+            self.prompt_embeds,
+            canvas_ids[:0] if alone else canvas_ids,
+            self.prompt_positions if alone else torch.cat((self.prompt_positions, self.response_positions())),
+        )
 
     def drop_visual(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keep only the visual tokens `kept` ([kept] int64, ascending, into the present ones).

@@ -135,10 +135,10 @@ def test_a_proposed_mask_id_spends_the_budget_and_the_loop_ends() -> None:
 
 
 def test_a_block_that_is_decided_early_ends_early() -> None:
-    canvas = Canvas(8, 4, 8, MASK, committed=(1, 2, 3, 4, 5))
+    canvas = Canvas(8, 4, 8, MASK, draft=(1, 2, 3, 4, 5, MASK, MASK, MASK))
     assert canvas.block == 1
     assert canvas.masked_rows().tolist() == [5, 6, 7]
-    assert canvas.resolved_growth() == []
+    assert canvas.resolved_growth() == [1, 2, 3, 4, 5]
     _, steps = _run(canvas, [5, 6, 7], [0] * 8)
     assert steps == 3
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redvtp.kv.blocks import BlockPool, blocks_needed, slots_of
+from redvtp.kv.blocks import BlockPool, blocks_needed, slots_of, slots_of_all
 from redvtp.kv.cache import PagedKVCache
 from redvtp.kv.compaction import compact, plan_compaction
 from redvtp.models.rotary import Rotary
@@ -79,3 +79,10 @@ def test_the_pool_never_hands_out_a_block_twice(sizes: list[int]) -> None:
 @pytest.mark.parametrize(("tokens", "blocks"), [(0, 0), (1, 1), (32, 1), (33, 2)])
 def test_blocks_needed(tokens: int, blocks: int) -> None:
     assert blocks_needed(tokens, 32) == blocks
+
+
+def test_slots_of_a_batch_are_the_slots_of_each() -> None:
+    tables, lengths = [[4, 1, 7], [3], [], [0, 9]], [11, 2, 0, 8]
+    together = slots_of_all(tables, lengths, 4, torch.device("cpu"))
+    for table, length, slots in zip(tables, lengths, together, strict=True):
+        assert slots.tolist() == slots_of(torch.tensor(table, dtype=torch.int64), 0, length, 4).tolist()

@@ -95,3 +95,21 @@ def test_gumbel_noise_samples_the_softmax() -> None:
 
 def test_selecting_more_than_there_is_takes_all() -> None:
     assert sorted(select(torch.tensor([0.1, 0.3]), 5).tolist()) == [0, 1]
+
+
+def test_mixed_requests_get_what_each_gets_alone() -> None:
+    """More rows than are looked at together, and every way of choosing beside every other."""
+    generator = torch.Generator().manual_seed(5)
+    asked = [("low_confidence", 0.0), ("margin", 1.1), ("random", 0.0), ("entropy", 0.0), ("random", 0.7)] * 3
+    rows = [9, 20, 5, 30, 7, 1, 0, 3, 11, 40, 2, 13, 8, 6, 4]
+    logits = torch.randn(sum(rows), 23, generator=generator)
+
+    def choice(index: int) -> Choice:
+        remasking, temperature = asked[index]
+        return Choice(temperature, remasking, torch.Generator().manual_seed(index))
+
+    together = propose(logits, 21, [choice(index) for index in range(len(asked))], rows)
+    for index, part in enumerate(logits.split(rows)):
+        alone = propose(part, 21, [choice(index)], [rows[index]])
+        assert torch.equal(together.tokens.split(rows)[index], alone.tokens)
+        assert torch.equal(together.confidence.split(rows)[index], alone.confidence)

@@ -51,6 +51,11 @@ def scheduler_of(llm: LLM) -> Any:
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+def runner_of(llm: LLM) -> Any:
+    """The DiffusionModelRunner of an in-process engine."""
+    return llm.llm_engine.model_executor.driver_worker.model_runner
+
+
 def free_blocks(llm: LLM) -> int:
     blocks: int = scheduler_of(llm).kv_cache_manager.block_pool.get_num_free_blocks()
     return blocks

@@ -97,19 +97,6 @@ def test_abort_returns_all_blocks(llm: LLM) -> None:
     assert free_blocks(llm) == usable_blocks(llm)
 
 
-def test_preempted_request_keeps_what_it_streamed_and_completes(llm: LLM) -> None:
-    request_id = _add(llm, "preempted", block_length=8, steps=32)
-    for _ in range(12):
-        llm.llm_engine.step()
-    streamed = list(scheduler_of(llm).requests[request_id].output_token_ids)
-    assert 8 <= len(streamed) < GEN
-    assert llm.reset_prefix_cache(reset_running_requests=True)
-    assert free_blocks(llm) == usable_blocks(llm)
-    (tokens,) = _finish_all(llm).values()
-    assert tokens[: len(streamed)] == streamed
-    assert len(tokens) == GEN
-
-
 def test_longest_request_fits_the_smallest_pool(llm_factory: Callable[..., LLM]) -> None:
     """vLLM starts with no fewer blocks than max_model_len needs, so what fits the model fits the cache."""
     need = SQUARE.meta["prompt_len"] + GEN

@@ -240,24 +240,6 @@ def test_mixed_requests_get_the_tokens_they_get_alone(llm: LLM) -> None:
         assert alone.outputs[0].token_ids == output.outputs[0].token_ids
 
 
-def test_one_failing_request_costs_only_itself(llm: LLM) -> None:
-    sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
-    (alone,) = llm.generate([prompt_of(SQUARE)], sampling, use_tqdm=False)
-    for name in ("good-1", "bad", "good-2"):
-        llm.llm_engine.add_request(name, prompt_of(SQUARE), sampling)
-    llm.llm_engine.step()
-    runner = llm.llm_engine.model_executor.driver_worker.model_runner
-    # A real fault in one request's state: a block the cache does not have.
-    (bad,) = (sequence for request_id, sequence in runner.sequences.items() if request_id.startswith("bad"))
-    bad.block_table[0] = 10**6
-    finished: dict[str, Any] = {}
-    while llm.llm_engine.has_unfinished_requests():
-        finished |= {output.request_id: output for output in llm.llm_engine.step() if output.finished}
-    assert finished["bad"].outputs[0].finish_reason == "error"
-    for name in ("good-1", "good-2"):
-        assert finished[name].outputs[0].token_ids == alone.outputs[0].token_ids
-
-
 def test_streaming_input_session_is_refused_and_the_engine_lives(answering: LLM) -> None:
     engine = answering.llm_engine
     request = engine.input_processor.process_inputs(

@@ -26,19 +26,20 @@ RUNS = {
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preempt", [0, 3], ids=["undisturbed", "preempted"])
 @pytest.mark.parametrize("checkpoint", RUNS)
-def test_two_ranks_give_the_references_tokens(checkpoint: str, tmp_path: Path) -> None:
+def test_two_ranks_give_the_references_tokens(checkpoint: str, preempt: int, tmp_path: Path) -> None:
     found = golden_data.runs(checkpoints=(checkpoint,))
     runs = {str(run): run for run in found if f"{run.case.name}/{run.name}" in RUNS[checkpoint]}
     answers = tmp_path / "answers.json"
     done = subprocess.run(
-        [sys.executable, "-m", "plugin.two_ranks", answers, *runs],
+        [sys.executable, "-m", "plugin.two_ranks", answers, str(preempt), *runs],
         cwd=TESTS,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=400,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]

@@ -1,15 +1,18 @@
 """Golden runs of one checkpoint over two tensor-parallel ranks, in a process of its own:
 
-    python -m plugin.two_ranks answers.json RUN...
+    python -m plugin.two_ranks answers.json PREEMPT RUN...
 
-vLLM's parallel groups are globals of a process, and an engine that ends takes those of the other engines with it.
+All requests are preempted after every PREEMPT engine steps, if that is not 0. vLLM's parallel groups are globals of a
+process, and an engine that ends takes those of the other engines with it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from vllm import LLM
 
@@ -17,15 +20,24 @@ import golden_data
 from plugin.requests import answer_of, prompt_of, sampling_of
 
 
-def main(output: str, *names: str) -> None:
+def main(output: str, preempt: str, *names: str) -> None:
     runs = [run for run in golden_data.runs() if str(run) in names]
     (checkpoint,) = {run.case.checkpoint for run in runs}
     model = str(golden_data.checkpoint_dir(checkpoint))
+    # The scheduler in this process, so that a step is a step; the ranks have theirs.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     llm = LLM(model, dtype="float32", tensor_parallel_size=2, disable_log_stats=True)
-    outputs = llm.generate([prompt_of(run.case) for run in runs], [sampling_of(run) for run in runs])
+    for run in runs:
+        llm.llm_engine.add_request(str(run), prompt_of(run.case), sampling_of(run))
+    outputs: dict[str, Any] = {}
+    steps = 0
+    while llm.llm_engine.has_unfinished_requests():
+        outputs |= {done.request_id: done for done in llm.llm_engine.step() if done.finished}
+        steps += 1
+        if int(preempt) and steps % int(preempt) == 0:
+            assert llm.reset_prefix_cache(reset_running_requests=True)
     answers = {
-        str(run): answer_of(run, list(output.outputs[0].token_ids), llm.get_tokenizer())
-        for run, output in zip(runs, outputs, strict=True)
+        str(run): answer_of(run, list(outputs[str(run)].outputs[0].token_ids), llm.get_tokenizer()) for run in runs
     }
     Path(output).write_text(json.dumps(answers))
 

@@ -19,7 +19,7 @@ class Segment:
     """One sequence of a packed batch.
 
     start, end: its rows in the packed tensors.
-    write_slots: [end - start] int64, where its new keys and values go.
+    write_slots: [end - start] int64, where its new keys and values go; None when the backend shall not write them.
     read_slots: [kv_tokens] int64, where all its keys and values are after the write; None when its own rows are all of
     them.
     scores: filled by attention when this step scores visual tokens.
@@ -27,7 +27,7 @@ class Segment:
 
     start: int
     end: int
-    write_slots: Tensor
+    write_slots: Tensor | None
     read_slots: Tensor | None = None
     scores: AttentionScores | None = None
 

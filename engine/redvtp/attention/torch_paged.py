@@ -17,10 +17,14 @@ class TorchPagedAttention:
         self._cache = cache
         self._segments = segments
         self._scale = scale
-        self._write_slots = torch.cat([segment.write_slots for segment in segments])
+        slots = [segment.write_slots for segment in segments if segment.write_slots is not None]
+        if slots and len(slots) != len(segments):
+            raise ValueError("either all segments of a forward write pages or none does")
+        self._write_slots = torch.cat(slots) if slots else None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        self._cache.write(layer, self._write_slots, key, value)
+        if self._write_slots is not None:
+            self._cache.write(layer, self._write_slots, key, value)
         outputs: list[Tensor] = []
         for segment in self._segments:
             rows = slice(segment.start, segment.end)

@@ -7,6 +7,8 @@ bookkeeping on the host; the model never appears here. Each step is `masked_rows
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,6 @@ class Canvas:
         the budget is spent (as in the reference), so the loop always ends.
     stop_sequences: token sequences; the answer ends before the first position where one of them starts, wherever the
         model decides it first.
-    committed: leading tokens that are decided already (a request that was preempted after it had streamed them).
     draft: what the canvas begins with, the mask id where it is undecided; the rest of it never changes.
     schedule: spreads the tokens a block still has to decide when it becomes active over its steps.
     """
@@ -33,13 +34,11 @@ class Canvas:
         steps: int,
         mask_id: int,
         stop_sequences: tuple[tuple[int, ...], ...] = (),
-        committed: tuple[int, ...] = (),
         schedule: Schedule = even_counts,
         draft: tuple[int, ...] = (),
     ) -> None:
         self.tokens = torch.full((gen_length,), mask_id, dtype=torch.int64)
         self.tokens[: len(draft)] = torch.tensor(draft, dtype=torch.int64)
-        self.tokens[: len(committed)] = torch.tensor(committed, dtype=torch.int64)
         self.mask_id = mask_id
         self.steps_done = 0
         self._stops = tuple(stop for stop in stop_sequences if stop)
@@ -48,12 +47,18 @@ class Canvas:
         self._schedule = schedule
         self._block = 0
         self._step_in_block = 0
-        self._emitted = len(committed)
+        self._emitted = 0
         # Where the answer ends, and the length of the sequence that ends it there.
         self._stop_at: int | None = None
         self._stop_length = 0
         self._skip_decided_blocks()
         self._counts = self._plan_block()
+
+    def copy(self) -> Canvas:
+        """One that goes its own way from here."""
+        other = copy(self)
+        other.tokens = self.tokens.clone()
+        return other
 
     @property
     def gen_length(self) -> int:

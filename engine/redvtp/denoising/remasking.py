@@ -6,7 +6,9 @@ handful of numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -75,25 +77,54 @@ def propose(logits: Tensor, vocab: int, choices: list[Choice], rows: list[int]) 
     logits: [sum(rows), vocab or more] float32, suppressed ids at -inf; request i owns rows[i] of them, in order.
     vocab: ids from here on are never proposed, though they take their share of every probability.
     """
-    tokens: list[Tensor] = []
-    confidence: list[Tensor] = []
-    greedy = logits[:, :vocab].argmax(-1)
-    for choice, part, ids in zip(choices, logits.split(rows), greedy.split(rows), strict=True):
-        if choice.temperature > 0:
-            ids = gumbel_perturbed(part[:, :vocab], choice.temperature, choice.generator).argmax(-1)
-        tokens.append(ids)
-        confidence.append(_confidence(part, ids, choice))
-    return Proposals(torch.cat(tokens).cpu(), torch.cat(confidence))
+    tokens = logits[:, :vocab].argmax(-1)
+    starts = [0, *accumulate(rows)]
+    drawing = [index for index, choice in enumerate(choices) if choice.temperature > 0 and rows[index]]
+    for group in _grouped(drawing, rows):
+        perturbed = [
+            gumbel_perturbed(logits[starts[i] : starts[i + 1], :vocab], choices[i].temperature, choices[i].generator)
+            for i in group
+        ]
+        found = torch.cat(perturbed).argmax(-1).split([rows[i] for i in group])
+        for i, ids in zip(group, found, strict=True):
+            tokens[starts[i] : starts[i + 1]] = ids
+    kinds = [choice.remasking for choice, count in zip(choices, rows, strict=True) for _ in range(count)]
+    sure = _confidence(logits, tokens, kinds)
+    for choice, start, end in zip(choices, starts, starts[1:], strict=False):
+        if choice.remasking == "random":
+            sure[start:end] = torch.rand(end - start, generator=choice.generator, dtype=CONFIDENCE_DTYPE)
+    return Proposals(tokens.cpu(), sure)
 
 
-def _confidence(logits: Tensor, tokens: Tensor, choice: Choice) -> Tensor:
-    """[rows] float64 on the CPU, of one request's proposals `tokens` [rows]."""
-    if choice.remasking == "random":
-        return torch.rand(tokens.numel(), generator=choice.generator, dtype=CONFIDENCE_DTYPE)
-    parts = zip(logits.split(ROWS_AT_ONCE), tokens.split(ROWS_AT_ONCE), strict=True)
-    return torch.cat(
-        [confidence(part.to(CONFIDENCE_DTYPE).softmax(-1), ids, choice.remasking) for part, ids in parts]
-    ).cpu()
+def _grouped(indices: list[int], rows: list[int]) -> Iterator[list[int]]:
+    """`indices` in groups of about ROWS_AT_ONCE rows."""
+    group: list[int] = []
+    for index in indices:
+        group.append(index)
+        if sum(rows[i] for i in group) >= ROWS_AT_ONCE:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _confidence(logits: Tensor, tokens: Tensor, kinds: list[str]) -> Tensor:
+    """[rows] float64 on the CPU, of the proposals `tokens` [rows], each measured in its own way; 0 for `random`."""
+    measured = sorted(set(kinds) - {"random"})
+    if not measured:
+        return torch.zeros(len(kinds), dtype=CONFIDENCE_DTYPE)
+    found = torch.zeros(len(kinds), dtype=CONFIDENCE_DTYPE, device=logits.device)
+    for start in range(0, len(kinds), ROWS_AT_ONCE):
+        chunk = slice(start, start + ROWS_AT_ONCE)
+        probabilities = logits[chunk].to(CONFIDENCE_DTYPE).softmax(-1)
+        if len(measured) == 1 and "random" not in kinds[chunk]:
+            found[chunk] = confidence(probabilities, tokens[chunk], measured[0])
+            continue
+        for kind in measured:
+            own = torch.tensor([row for row, of in enumerate(kinds[chunk]) if of == kind], dtype=torch.int64)
+            own = own.to(logits.device)
+            found[chunk][own] = confidence(probabilities[own], tokens[chunk][own], kind)
+    return found.cpu()
 
 
 def confidence(probabilities: Tensor, tokens: Tensor, remasking: str) -> Tensor:

@@ -23,6 +23,16 @@ def slots_of(block_table: Tensor, start: int, end: int, block_size: int) -> Tens
     return block_table[logical // block_size] * block_size + logical % block_size
 
 
+def slots_of_all(
+    block_tables: list[list[int]], lengths: list[int], block_size: int, device: torch.device
+) -> list[Tensor]:
+    """Slots [length] of the first tokens of each sequence of a batch: `slots_of`, a few operations for all of them."""
+    blocks = torch.tensor([block for table in block_tables for block in table], dtype=torch.int64, device=device)
+    slots = (blocks[:, None] * block_size + torch.arange(block_size, device=device)).view(-1)
+    parts = slots.split([len(table) * block_size for table in block_tables])
+    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+
+
 class BlockPool:
     """Free list of cache blocks for `LocalEngine`; under vLLM its BlockPool does this work."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from redvtp.kv.blocks import slots_of
@@ -38,6 +39,15 @@ def plan_compaction(
     shift = new_positions - old_positions
     moved = (sources != destinations) | (shift != 0)
     return CompactionPlan(sources[moved], destinations[moved], shift[moved])
+
+
+def joined(plans: list[CompactionPlan]) -> CompactionPlan:
+    """One plan for sequences that shrink in the same step; their slots have nothing in common."""
+    return CompactionPlan(
+        torch.cat([plan.sources for plan in plans]),
+        torch.cat([plan.destinations for plan in plans]),
+        torch.cat([plan.shift for plan in plans]),
+    )
 
 
 def compact(cache: PagedKVCache, plan: CompactionPlan, rotary: Rotary) -> None:

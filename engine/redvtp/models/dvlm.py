@@ -15,6 +15,9 @@ from redvtp.vision.merge import merge_tiles
 from redvtp.vision.tiling import ImageMode
 from redvtp.vision.tower import VisionTower
 
+# Tiles the tower takes in one call, so that its memory does not grow with the number of images that come together.
+TILES_AT_ONCE = 16
+
 
 class Dvlm(nn.Module):
     """The whole model of one checkpoint."""
@@ -48,14 +51,22 @@ class Dvlm(nn.Module):
         pixels: for each image [tiles, 3, tile, tile] float32; sizes: (width, height) in pixels.
         Returns for each image [visual, hidden], in the order the model reads them.
         """
+        return self.encode_tiles(pixels, sizes, [mode] * len(pixels))
+
+    def encode_tiles(self, pixels: list[Tensor], sizes: list[tuple[int, int]], modes: list[ImageMode]) -> list[Tensor]:
+        """The same for images of several requests, which may be tiled in different ways."""
         if not pixels:
             return []
-        tiles = torch.cat(pixels).to(self.device, self.dtype)
-        features = self.projector(self.vision_tower(tiles)).split([image.shape[0] for image in pixels])
+        features = torch.cat([self.tile_features(tiles) for tiles in torch.cat(pixels).split(TILES_AT_ONCE)])
         return [
             merge_tiles(part, size, self.image_newline, self.config, mode)
-            for part, size in zip(features, sizes, strict=True)
+            for part, size, mode in zip(features.split([image.shape[0] for image in pixels]), sizes, modes, strict=True)
         ]
+
+    def tile_features(self, tiles: Tensor) -> Tensor:
+        """Tiles [tiles, 3, tile, tile] to features [tiles, side * side, hidden] of the language model's width."""
+        features: Tensor = self.projector(self.vision_tower(tiles.to(self.device, self.dtype)))
+        return features
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings [tokens, hidden] of ids [tokens]."""

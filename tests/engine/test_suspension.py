@@ -1,0 +1,166 @@
+"""A sequence whose pages are taken away and given back elsewhere ends with the tokens it would have had.
+
+Between the two every page of the cache is filled with rubbish, as if others had used it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+
+import pytest
+import torch
+
+import golden_data
+from redvtp.local import LocalEngine, Request
+from redvtp.params import DenoisingParams, PruningParams
+from redvtp.prompt import chat_prompt
+from redvtp.sequence import Sequence, StepReport
+
+EngineFactory = Callable[..., LocalEngine]
+
+PRUNED = PruningParams(keep_ratio=0.3)
+MODES = {
+    "none": DenoisingParams(gen_length=20, steps=10, ignore_eos=True),
+    "prefix": DenoisingParams(gen_length=24, block_length=8, steps=16, cache="prefix", ignore_eos=True),
+    "prefix-refreshed": DenoisingParams(gen_length=24, steps=12, cache="prefix", refresh_interval=5, ignore_eos=True),
+    "prefix_lm": DenoisingParams(gen_length=20, steps=10, cache="prefix_lm", ignore_eos=True),
+    "prefix-sampled": DenoisingParams(
+        gen_length=20, block_length=10, steps=10, cache="prefix", temperature=0.9, seed=3, suffix=" yes"
+    ),
+    "prefix_lm-random": DenoisingParams(gen_length=20, steps=10, cache="prefix_lm", remasking="random", seed=4),
+}
+PRUNINGS = {
+    "dense": PruningParams(preset="none"),
+    "compact": PRUNED,
+    "original": PruningParams(keep_ratio=0.3, positions="original"),
+}
+
+
+def _sequence(local: LocalEngine, denoising: DenoisingParams, pruning: PruningParams) -> Sequence:
+    images = tuple(golden_data.Case("tiny-llada-v", "wide").images())
+    prompt = chat_prompt(local.tokenizer, "What is shown?", len(images), template=local.config.family.template)
+    request = Request(prompt, images, denoising, pruning)
+    sequence = local.sequence(request, local.tokenize(request), [])
+    sequence.resume(_blocks(local, sequence, 0))
+    return sequence
+
+
+def _blocks(local: LocalEngine, sequence: Sequence, number: int) -> list[int]:
+    """A block table for it; each number gives other blocks."""
+    count = -(-sequence.total_length // local.cache.block_size)
+    return [(7 * number + 5 * block) % local.cache.num_blocks for block in range(count)]
+
+
+def _spoil(local: LocalEngine) -> None:
+    for pages in (*local.cache.keys, *local.cache.values):
+        pages.fill_(float("nan"))
+
+
+def _run(local: LocalEngine, sequence: Sequence, suspended_before: Set[int]) -> list[StepReport]:
+    reports: list[StepReport] = []
+    while not sequence.finished:
+        if len(reports) in suspended_before:
+            sequence.suspend()
+            _spoil(local)
+            sequence.resume(_blocks(local, sequence, len(reports)))
+        reports += local.runner.step([sequence])
+    return reports
+
+
+@pytest.fixture
+def local(engine: EngineFactory) -> LocalEngine:
+    # A prime number of blocks, so that _blocks never gives one twice.
+    return engine("tiny-llada-v", num_blocks=31, max_model_len=512)
+
+
+@pytest.fixture(params=["tiny-llada-v", "tiny-lavida-dream"])
+def any_local(engine: EngineFactory, request: pytest.FixtureRequest) -> LocalEngine:
+    return engine(request.param, num_blocks=31, max_model_len=512)
+
+
+@pytest.mark.parametrize("pruning", PRUNINGS)
+@pytest.mark.parametrize("mode", MODES)
+def test_suspended_before_every_step(any_local: LocalEngine, mode: str, pruning: str) -> None:
+    params = MODES[mode], PRUNINGS[pruning]
+    expected = [report.canvas for report in _run(any_local, _sequence(any_local, *params), set())]
+    reports = _run(any_local, _sequence(any_local, *params), set(range(100)))
+    assert [report.canvas for report in reports] == expected
+
+
+@pytest.mark.parametrize("mode", ["prefix", "prefix-refreshed", "prefix_lm"])
+def test_suspended_once_before_any_step(local: LocalEngine, mode: str) -> None:
+    whole = _run(local, _sequence(local, MODES[mode], PRUNED), set())
+    for step in range(len(whole)):
+        again = _run(local, _sequence(local, MODES[mode], PRUNED), {step})
+        assert [report.canvas for report in again] == [report.canvas for report in whole], step
+        assert [report.new_tokens for report in again] == [report.new_tokens for report in whole], step
+
+
+@pytest.mark.parametrize("pruning", PRUNINGS)
+@pytest.mark.parametrize("mode", ["prefix", "prefix_lm"])
+@torch.inference_mode()
+def test_rewritten_pages_are_the_pages(local: LocalEngine, mode: str, pruning: str) -> None:
+    """Bit for bit, all layers: also what no token happens to depend on."""
+    sequence = _sequence(local, MODES[mode], PRUNINGS[pruning])
+    for _ in range(2):
+        local.runner.step([sequence])
+    first = sequence.next_step().first
+    assert first > 0
+    (slots,) = local.runner._slots([sequence], [first])
+    before = [local.cache.read(layer, slots) for layer in range(local.cache.num_layers)]
+    sequence.suspend()
+    _spoil(local)
+    sequence.resume(_blocks(local, sequence, 3))
+    local.runner.rewrite_pages([sequence])
+    (slots,) = local.runner._slots([sequence], [first])
+    for layer, (key, value) in enumerate(before):
+        keys, values = local.cache.read(layer, slots)
+        assert torch.equal(keys, key)
+        assert torch.equal(values, value)
+
+
+def test_rewriting_is_counted_and_announced(local: LocalEngine) -> None:
+    sequence = _sequence(local, MODES["prefix"], PRUNED)
+    whole = sequence.total_length
+    (first,) = local.runner.step([sequence])
+    assert first.tokens_computed == whole
+    sequence.suspend()
+    sequence.resume(_blocks(local, sequence, 2))
+    (second,) = local.runner.step([sequence])
+    assert second.kind == "response"
+    assert second.tokens_computed == first.resume_tokens == first.next_tokens + whole
+
+
+def test_neighbours_of_a_resumed_sequence_keep_their_tokens(local: LocalEngine) -> None:
+    """Two that are resumed in one step, and one that was never suspended."""
+    modes = [MODES["prefix"], MODES["prefix_lm"], MODES["none"]]
+    expected = [_run(local, _sequence(local, mode, PRUNED), set())[-1].canvas for mode in modes]
+    batch = [_sequence(local, mode, PRUNED) for mode in modes]
+    tables = [list(range(10 * index, 10 * index + 10)) for index in range(3)]
+    for sequence, table in zip(batch, tables, strict=True):
+        sequence.resume(table[: len(sequence.block_table)])
+    for _ in range(3):
+        local.runner.step(batch)
+    for sequence in batch[:2]:
+        sequence.suspend()
+    for pages in (*local.cache.keys, *local.cache.values):
+        pages[:20] = float("nan")
+    for sequence, table in zip(batch[:2], reversed(tables[:2]), strict=True):
+        sequence.resume(table)
+    while running := [sequence for sequence in batch if not sequence.finished]:
+        local.runner.step(running)
+    assert [sequence.canvas.tokens.tolist() for sequence in batch] == expected
+
+
+def test_nothing_is_remembered_that_no_step_reads(local: LocalEngine) -> None:
+    """Embeddings of dropped tokens must not outlive the pages they went into."""
+    sequence = _sequence(local, MODES["none"], PRUNED)
+    local.runner.step([sequence])
+    assert sequence.origin is None
+    cached = _sequence(local, MODES["prefix"], PRUNED)
+    dense = cached.prompt_length
+    while cached.canvas.block == 0:
+        local.runner.step([cached])
+    local.runner.step([cached])
+    assert cached.origin is not None
+    assert cached.origin.prompt_embeds.shape[0] == cached.prompt_length < dense
