@@ -78,7 +78,8 @@ class DenoisingParams:
     remasking: which candidates a step commits: those with the highest probability (`low_confidence`), the lowest
     `entropy`, the largest `margin` between the two best tokens, or `random` ones.
     stop: strings that end the answer wherever they appear on the canvas; not part of it.
-    suffix: text after the canvas, seen by every step, never overwritten, returned after the answer.
+    suffix: text after the canvas, seen by every step and never overwritten. The embedded engine returns it after the
+    answer, a server does not repeat it.
     draft: the answer with a `<mask>` for every token that is to be filled in; the rest of it never changes. The canvas
     is then as long as the draft, which gen_length only limits, and the model's end tokens do not end it.
     ignore_eos: the model's end tokens do not end the answer.

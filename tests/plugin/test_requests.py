@@ -65,7 +65,7 @@ def test_bad_knob_is_refused_by_name_and_value(answering: LLM, knobs: dict[str, 
     [
         ({"logprobs": 1}, "logprobs is not supported"),
         ({"prompt_logprobs": 1}, "prompt_logprobs is not supported"),
-        ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "structured outputs .* not supported"),
+        ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "response_format .* not supported"),
         ({"logit_bias": {1: 1.0}}, "logit_bias is not supported"),
         ({"min_tokens": 2}, "min_tokens is not supported"),
         ({"bad_words": ["no"]}, "bad_words is not supported"),
