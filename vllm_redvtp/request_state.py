@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from vllm_redvtp.planning import RequestPlan
 class DenoisingState:
     """plan: fixed at arrival. visual_spans: half-open ranges of prompt tokens, one for each image.
 
-    next_tokens: what the next step will compute. kv_tokens: held now.
+    next_tokens: what the next step will compute. kv_tokens: held now. kept: the visual tokens that are left, as indices
+    into those of the prompt.
 
     canvas_done: the engine has nothing left to do, though vLLM has not ended the request yet.
     """
@@ -26,7 +28,7 @@ class DenoisingState:
     blocks_admitted: int = 0
     blocks_freed: int = 0
     steps: int = 0
-    visual_kept: int = 0
+    kept: list[int] = field(default_factory=list)
     canvas_done: bool = False
     trace: list[dict[str, Any]] = field(default_factory=list)
 
@@ -42,7 +44,7 @@ class DenoisingState:
         """Back to before admission (at arrival, and after a preemption)."""
         self.next_tokens = self.kv_tokens = self.plan.kv_tokens
         self.blocks_admitted = self.blocks_freed = self.steps = 0
-        self.visual_kept = self.visual_tokens
+        self.kept = list(range(self.visual_tokens))
         self.trace.clear()
 
     def record(self, report: StepReport, ms: float) -> None:
@@ -52,7 +54,7 @@ class DenoisingState:
         self.kv_tokens = report.kv_tokens
         self.canvas_done = report.finished
         if report.pruning is not None:
-            self.visual_kept = report.pruning.visual_after
+            self.kept = [self.kept[index] for index in report.pruning.kept]
         if self.plan.params.report == "full":
             self.trace.append(report_dict(report, ms))
 
@@ -64,12 +66,27 @@ class DenoisingState:
             "steps": self.steps,
             "prompt_tokens": self.plan.prompt_tokens,
             "visual_tokens": self.visual_tokens,
-            "visual_tokens_kept": self.visual_kept,
+            "visual_tokens_kept": len(self.kept),
+            "images": self._images(),
             "kv_blocks_admitted": self.blocks_admitted,
             "blocks_freed": self.blocks_freed,
         }
         if self.plan.params.report == "full":
             told["visual_spans"] = self.visual_spans
+            told["kept"] = self.kept
             told["prunings"] = [step["pruning"] for step in self.trace if step["pruning"] is not None]
             told["trace"] = self.trace
         return {"redvtp": told}
+
+    def _images(self) -> list[dict[str, Any]]:
+        """What each image had, what is left of it, and the share that is."""
+        told = []
+        first = 0
+        for start, end in self.visual_spans:
+            last = first + end - start
+            kept = bisect_left(self.kept, last) - bisect_left(self.kept, first)
+            told.append(
+                {"visual_tokens": end - start, "visual_tokens_kept": kept, "kept_share": round(kept / (end - start), 4)}
+            )
+            first = last
+        return told
