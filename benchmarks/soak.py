@@ -7,7 +7,7 @@
 Some requests are left in the middle, and an operator pauses, resumes and resets caches meanwhile (`--preempt`: with
 requests running). Afterwards everything must be as before: each good request got the tokens it gets alone, each bad one
 a 4xx, all KV blocks are free, the server's processes hold no more memory than after the first requests, and there is no
-traceback in the log. Status 0 if all of it is so, 1 if not, 2 if there was no server to ask.
+traceback in the log. Status 0 if all of it is so, 1 if not, 2 if the server did not come up or last.
 """
 
 from __future__ import annotations
@@ -147,7 +147,10 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         good = good_requests(model)
         for request in tqdm(good, desc="alone", unit="request", leave=False):
-            findings.right[request.kind] = await answer(client, request)
+            try:
+                findings.right[request.kind] = await answer(client, request)
+            except ValueError as error:
+                raise ServerGone(f"the server does not answer {request.kind!r}: {error}") from error
         random = Random(options.seed)
         started = time.monotonic()
         numbers = iter(range(options.requests))
@@ -183,7 +186,8 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
         sending = asyncio.gather(*(send() for _ in range(options.concurrency)))
         try:
             # A server that is gone must not be waited for.
-            await asyncio.wait([sending, beside[0]], return_when=asyncio.FIRST_COMPLETED)
+            ends: list[asyncio.Future[Any]] = [sending, beside[0]]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if beside[0].done():
                 sending.cancel()
                 await beside[0]
@@ -196,6 +200,8 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
         await wait_until_idle(server, findings)
         for request in tqdm(good, desc="alone again", unit="request", leave=False):
             await check_good(client, request, findings)
+        # vLLM counts a request out shortly after its last token.
+        await wait_until_idle(server, findings)
 
 
 async def wait_until_idle(server: Server, findings: Findings, seconds: float = 120) -> None:
