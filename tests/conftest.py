@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from golden_data import checkpoint_dir
 from redvtp.local import LocalEngine
 
 EngineFactory = Callable[..., LocalEngine]
+
+# On a busy machine a slow example is no finding.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)

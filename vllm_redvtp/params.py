@@ -10,7 +10,7 @@ request is queued.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from redvtp.params import DenoisingParams, PruningParams
+from redvtp.params import DenoisingParams, PruningParams, shown
 from redvtp.vision.encoder import DEFAULT_CACHE_BYTES
 
 if TYPE_CHECKING:
@@ -49,11 +49,22 @@ class RequestParams:
 
 
 def knob_values(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The redvtp knobs among a request's extra arguments, prefix removed. Raises ValueError for an unknown one."""
-    values = {name.removeprefix(PREFIX): value for name, value in (extra_args or {}).items() if name.startswith(PREFIX)}
-    for name in values:
-        if name not in KNOBS:
-            raise ValueError(f"unknown knob {PREFIX}{name}; allowed: {', '.join(PREFIX + knob for knob in KNOBS)}")
+    """The redvtp knobs among a request's extra arguments, prefix removed. Raises ValueError for an unknown one.
+
+    Other names are other people's, unless they are ours without the prefix or in another spelling: a knob that is
+    silently without effect costs its user more than a refusal.
+    """
+    values = {}
+    for name, value in (extra_args or {}).items():
+        knob = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and knob in KNOBS:
+            values[knob] = value
+            continue
+        meant = name.lower().replace("-", "_").removeprefix(PREFIX)
+        if meant in KNOBS:
+            raise ValueError(f"unknown knob {shown(name)}; did you mean {PREFIX}{meant}?")
+        if name.lower().startswith(PREFIX):
+            raise ValueError(f"unknown knob {shown(name)}; allowed: {', '.join(PREFIX + each for each in KNOBS)}")
     return values
 
 
@@ -96,7 +107,7 @@ def canvas_length(asked: int | None, sampling: SamplingParams, defaults: Mapping
         # The default is nobody's explicit wish: near the end of the context it takes what is left.
         return max(1, min(default_gen_length(defaults), room)) if asked is None else asked
     if asked not in (None, knob):
-        raise ValueError(f"{PREFIX}gen_length {knob!r} differs from max_tokens {asked}; send one of the two")
+        raise ValueError(f"{PREFIX}gen_length {shown(knob)} differs from max_tokens {asked}; send one of the two")
     return int(DenoisingParams(gen_length=knob).gen_length)
 
 
@@ -108,7 +119,7 @@ def build_params(
     values = {**defaults, **knobs, "gen_length": gen_length}
     report = values.pop("report", DEFAULT_REPORT)
     if report not in REPORTS:
-        raise ValueError(f"report must be one of {', '.join(REPORTS)}, got {report!r}")
+        raise ValueError(f"report must be one of {', '.join(REPORTS)}, got {shown(report)}")
     pruning = PruningParams(**{field: values.pop(name) for name, field in _PRUNING.items() if name in values})
     # A server default is a wish for canvases of the usual size; a shorter one takes what fits of it. A client's own
     # value never bends.
@@ -164,33 +175,61 @@ def _bend(denoising: DenoisingParams, wishes: Mapping[str, Any]) -> DenoisingPar
 
 def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        raise ValueError(f"{name} must be an integer >= 1, got {shown(value)}")
     return value
 
 
+# What vLLM can be asked for and a canvas cannot give (docs/knobs.md says why): its name, and whether it was asked for.
+# top_p, top_k and min_p change nothing at temperature 0, and many clients always send them.
+_UNSUPPORTED: dict[str, Callable[[SamplingParams], bool]] = {
+    "logprobs (and beam search, which needs them)": lambda asked: (
+        asked.logprobs is not None or asked.logprob_token_ids is not None
+    ),
+    "prompt_logprobs (and echo in a chat, which asks for them)": lambda asked: (
+        asked.prompt_logprobs is not None or asked.prompt_logprob_token_ids is not None
+    ),
+    "response_format (and any other structured output, forced tool calls among them)": lambda asked: (
+        asked.structured_outputs is not None
+    ),
+    "logit_bias": lambda asked: bool(asked.logit_bias),
+    "min_tokens": lambda asked: bool(asked.min_tokens),
+    "allowed_token_ids": lambda asked: asked.allowed_token_ids is not None,
+    "bad_words": lambda asked: bool(asked.bad_words),
+    "presence_penalty": lambda asked: bool(asked.presence_penalty),
+    "frequency_penalty": lambda asked: bool(asked.frequency_penalty),
+    "repetition_penalty": lambda asked: asked.repetition_penalty != 1.0,
+    "top_p below 1 with a temperature": lambda asked: asked.temperature > 0 and asked.top_p < 1.0,
+    "top_k with a temperature": lambda asked: asked.temperature > 0 and asked.top_k > 0,
+    "min_p with a temperature": lambda asked: asked.temperature > 0 and asked.min_p > 0.0,
+}
+
+
 def refuse_unsupported(sampling: SamplingParams) -> None:
-    """Raises ValueError for a vLLM sampling option that has no meaning, or none yet, where a canvas is denoised."""
-    drawing = sampling.temperature > 0
-    used = {
-        "logprobs": sampling.logprobs is not None or sampling.logprob_token_ids is not None,
-        "prompt_logprobs": sampling.prompt_logprobs is not None or sampling.prompt_logprob_token_ids is not None,
-        "structured outputs (response_format, guided decoding, forced tool calls)": sampling.structured_outputs
-        is not None,
-        "logit_bias": bool(sampling.logit_bias),
-        "min_tokens": bool(sampling.min_tokens),
-        "allowed_token_ids": sampling.allowed_token_ids is not None,
-        "bad_words": bool(sampling.bad_words),
-        "presence_penalty": bool(sampling.presence_penalty),
-        "frequency_penalty": bool(sampling.frequency_penalty),
-        "repetition_penalty": sampling.repetition_penalty != 1.0,
-        # At temperature 0 these change nothing, and many clients always send them.
-        "top_p": drawing and sampling.top_p < 1.0,
-        "top_k": drawing and sampling.top_k > 0,
-        "min_p": drawing and sampling.min_p > 0.0,
-    }
-    for option, asked in used.items():
-        if asked:
-            raise ValueError(f"{option} is not supported by diffusion decoding; leave it out")
+    """Raises VLLMValidationError for a sampling option that has no meaning, or none yet, where a canvas is denoised."""
+    for option, asked in _UNSUPPORTED.items():
+        if asked(sampling):
+            raise VLLMValidationError(
+                f"{option} is not supported by diffusion decoding; leave it out", parameter=option.partition(" ")[0]
+            )
+
+
+def refuse_broken_text(value: Any, name: str = "vllm_xargs") -> None:
+    """Raises ValueError for half a surrogate pair anywhere in a request's extra arguments.
+
+    JSON can spell one, but vLLM's message to the engine cannot carry it, and would end as HTTP 500.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} must be valid Unicode, got {shown(value)}") from None
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_broken_text(key, name)
+            refuse_broken_text(item, str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            refuse_broken_text(item, name)
 
 
 class RequestKnobs(LogitsProcessor, LogitsProcessorV2):
@@ -202,9 +241,10 @@ class RequestKnobs(LogitsProcessor, LogitsProcessorV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
+        refuse_unsupported(sampling_params)
         try:
-            refuse_unsupported(sampling_params)
             knobs = knob_values(sampling_params.extra_args)
+            refuse_broken_text(sampling_params.extra_args or {})
             PruningParams(**{field: knobs[name] for name, field in _PRUNING.items() if name in knobs})
         except ValueError as error:
             # The value is in the message and not in `value=`: a NaN there cannot be written as JSON.

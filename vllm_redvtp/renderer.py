@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, cast
 
+import aiohttp
+import requests
 from PIL.Image import DecompressionBombError
-from vllm.exceptions import VLLMValidationError
+from vllm.exceptions import VLLMError, VLLMUnprocessableEntityError, VLLMValidationError
 from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
 
@@ -31,6 +34,10 @@ if TYPE_CHECKING:
 CHECK = "redvtp_check"
 TEMPLATES = Path(__file__).parent / "templates"
 _MARK = "_redvtp_request_check"
+# vLLM's package that fetches and reads images.
+_MEDIA = "vllm.multimodal.media"
+_ANSWERED_BY_VLLM = (VLLMError, ValueError, TypeError, OverflowError)
+_FETCHING = (aiohttp.ClientError, requests.RequestException, ConnectionError, TimeoutError)
 
 
 @lru_cache
@@ -49,11 +56,11 @@ class DiffusionRenderer(HfRenderer):
         install_request_check()
 
     def render_messages(self, messages: Any, params: ChatParams) -> Any:
-        with _image_errors():
+        with _media_errors():
             return super().render_messages(messages, self._with_template(params))
 
     async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
-        with _image_errors():
+        with _media_errors():
             return await super().render_messages_async(messages, self._with_template(params))
 
     def _with_template(self, params: ChatParams) -> ChatParams:
@@ -134,11 +141,24 @@ def install_request_check() -> None:
     platform.validate_request = classmethod(validate_request)  # type: ignore[method-assign, assignment]
 
 
-class _image_errors:
-    """PIL's refusal of a decompression bomb is no ValueError, and vLLM would answer it with HTTP 500."""
+class _media_errors:
+    """What goes wrong while an image is fetched or read is the request's fault, whatever Python calls it.
+
+    vLLM 0.32 answers with 4xx what is a ValueError, and with 500 or 501 a `file://` URL (RuntimeError), a data URL
+    without base64 (NotImplementedError), a host that cannot be reached, a decompression bomb and what else PIL raises
+    on broken files; a 500 also closes the connection that other requests of the client use. Whether an error came from
+    reading media is seen in its traceback, so that a bug elsewhere stays a 500. Goes when vLLM wraps these itself.
+    """
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception) or isinstance(error, (*_ANSWERED_BY_VLLM, MemoryError)):
+            return
         if isinstance(error, DecompressionBombError):
             raise VLLMValidationError(f"image refused: {error}") from error
+        if any(frame.f_globals.get("__name__", "").startswith(_MEDIA) for frame, _ in walk_tb(traceback)):
+            reason = str(error) or type(error).__name__
+            if isinstance(error, _FETCHING):
+                raise VLLMUnprocessableEntityError(f"image could not be fetched: {reason}") from error
+            raise VLLMValidationError(f"image refused: {reason}") from error

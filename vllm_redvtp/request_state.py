@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ class DenoisingState:
     """plan: fixed at arrival. visual_spans: half-open ranges of prompt tokens, one for each image.
 
     next_tokens: what the next step will compute, resume_tokens: the same after a preemption. kv_tokens: held now, or
-    needed to go on.
+    needed to go on. kept: the visual tokens that are left, as indices into those of the prompt.
     last_step: the engine step in which it last took a step.
     canvas_done: the engine has nothing left to do, though vLLM has not ended the request yet.
     """
@@ -29,13 +30,13 @@ class DenoisingState:
     blocks_freed: int = 0
     last_step: int = 0
     steps: int = 0
-    visual_kept: int = 0
+    kept: list[int] = field(default_factory=list)
     canvas_done: bool = False
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.next_tokens = self.resume_tokens = self.kv_tokens = self.plan.kv_tokens
-        self.visual_kept = self.visual_tokens
+        self.kept = list(range(self.visual_tokens))
 
     @property
     def visual_tokens(self) -> int:
@@ -59,7 +60,7 @@ class DenoisingState:
         self.kv_tokens = report.kv_tokens
         self.canvas_done = report.finished
         if report.pruning is not None:
-            self.visual_kept = report.pruning.visual_after
+            self.kept = [self.kept[index] for index in report.pruning.kept]
         if self.plan.params.report == "full":
             self.trace.append(report_dict(report, ms))
 
@@ -71,12 +72,27 @@ class DenoisingState:
             "steps": self.steps,
             "prompt_tokens": self.plan.prompt_tokens,
             "visual_tokens": self.visual_tokens,
-            "visual_tokens_kept": self.visual_kept,
+            "visual_tokens_kept": len(self.kept),
+            "images": self._images(),
             "kv_blocks_admitted": self.blocks_admitted,
             "blocks_freed": self.blocks_freed,
         }
         if self.plan.params.report == "full":
             told["visual_spans"] = self.visual_spans
+            told["kept"] = self.kept
             told["prunings"] = [step["pruning"] for step in self.trace if step["pruning"] is not None]
             told["trace"] = self.trace
         return {"redvtp": told}
+
+    def _images(self) -> list[dict[str, Any]]:
+        """What each image had, what is left of it, and the share that is."""
+        told = []
+        first = 0
+        for start, end in self.visual_spans:
+            last = first + end - start
+            kept = bisect_left(self.kept, last) - bisect_left(self.kept, first)
+            told.append(
+                {"visual_tokens": end - start, "visual_tokens_kept": kept, "kept_share": round(kept / (end - start), 4)}
+            )
+            first = last
+        return told

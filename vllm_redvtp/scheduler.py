@@ -44,7 +44,8 @@ class DiffusionScheduler(Scheduler):
                 "diffusion decoding needs one KV cache group, no prefix caching and no asynchronous KV transfer"
             )
         self._blocks_of: dict[str, list[KVCacheBlock]] = managers[0].req_to_blocks
-        self._planner = RequestPlanner(self.vllm_config, cached_tokenizer_from_config(self.vllm_config.model_config))
+        self._tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
+        self._planner = RequestPlanner(self.vllm_config, self._tokenizer)
         self._states: dict[str, DenoisingState] = {}
         # Requests the next update ends without new tokens, with the sentence for those that failed.
         self._ending: dict[str, str | None] = {}
@@ -250,6 +251,8 @@ class DiffusionScheduler(Scheduler):
         for report in reports:
             if report.finished and report.request_id in self._states:
                 self._expect_stop_string(report.request_id, outputs)
+            elif report.new_tokens and report.request_id in self._states:
+                self._report_at_stop_string(report.request_id, outputs)
         return outputs
 
     # Endings
@@ -269,11 +272,29 @@ class DiffusionScheduler(Scheduler):
         It usually aborts the request before the next step. If it does not, the next step ends it here, so that
         nothing hangs.
         """
-        request = self.requests[request_id]
         self._ending[request_id] = None
-        for output in _outputs_of(request, outputs).outputs:
+        self._attach_report(request_id, outputs)
+
+    def _report_at_stop_string(self, request_id: str, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """The text has a stop string that the canvas has not, since other tokens spell it: only the front-end sees it.
+
+        It ends the answer on these very tokens, so the report must travel with them.
+        """
+        sampling = self.requests[request_id].sampling_params
+        if sampling is None or not sampling.stop:
+            return
+        text = self._tokenizer.decode(
+            self.requests[request_id].output_token_ids,
+            skip_special_tokens=sampling.skip_special_tokens,
+            clean_up_tokenization_spaces=False,
+        )
+        if any(stop in text for stop in sampling.stop):
+            self._attach_report(request_id, outputs)
+
+    def _attach_report(self, request_id: str, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """For the client, with this step's tokens: the abort that follows has no output of its own to carry it."""
+        for output in _outputs_of(self.requests[request_id], outputs).outputs:
             if output.request_id == request_id:
-                # The abort brings no output of its own to carry this.
                 output.kv_transfer_params = self._states[request_id].summary()
 
     def _end(self, request_id: str, error: str | None, outputs: dict[int, EngineCoreOutputs]) -> None:

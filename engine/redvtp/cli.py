@@ -1,6 +1,7 @@
 """The `redvtp` command: one request from an image file and a question to an answer, with a trace and a heat map.
 
     redvtp generate CHECKPOINT --image photo.jpg --prompt "What is shown?" --keep-ratio 0.25 --heatmap kept.png
+    redvtp heatmap response.json --image photo.jpg --output kept.png
 
 `redvtp eval` and `redvtp consistency`, over many questions, are in `redvtp.evaluation`. Bad input ends with status 2
 and one line on stderr. An engine is a function that answers one request with a `Trace`: `local` is here, others are
@@ -19,7 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from redvtp.flags import BadInput, check_outputs, params_of, parse, positive
+from redvtp.flags import BadInput, check_outputs, check_picture, params_of, parse, positive
 
 if TYPE_CHECKING:
     from redvtp.local import Request
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "generate":
             return _generate(options)
+        if options.command == "heatmap":
+            return _heatmap(options)
         from redvtp.evaluation.command import COMMANDS
 
         return COMMANDS[options.command](options)
@@ -67,6 +70,33 @@ def _generate(options: argparse.Namespace) -> int:
     trace = _engine(options.engine)(engine_options, request)
     _write(options, trace, request)
     return 0
+
+
+def _heatmap(options: argparse.Namespace) -> int:
+    """Draws the pruning in a saved API response (or trace) over the images that were sent."""
+    from redvtp.heatmap import draw_saved, prunings_of
+    from redvtp.models.config import load_config
+    from redvtp.vision.images import open_image
+
+    with refusing():
+        check_picture("output", options.output)
+        saved = _read_json(options.response)
+        prunings_of(saved)
+        # A server that was started with a folder answers with it as the model's name.
+        folder = options.model or saved.get("model")
+        if not folder or not (Path(folder) / "config.json").is_file():
+            raise BadInput(f"{folder or 'no model'} is not a checkpoint folder on this machine; name it with --model")
+        draw_saved([open_image(path) for path in options.image], load_config(folder), saved).save(options.output)
+    return 0
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not JSON: {error}") from error
 
 
 @contextmanager

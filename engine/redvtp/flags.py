@@ -45,6 +45,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     generate.add_argument("model", metavar="MODEL", help="checkpoint folder, in the layout it was published in")
     for add_flags in (_request_flags, denoising_flags, _pruning_flags, engine_flags, _output_flags):
         add_flags(generate)
+    heatmap = commands.add_parser(
+        "heatmap",
+        help="draw the pruning in a saved API response",
+        description="Draws what a request kept of its images, from a saved API response asked for with "
+        '"redvtp_report": "full" (or from a trace of redvtp generate).',
+    )
+    heatmap.add_argument("response", metavar="RESPONSE.json", type=Path, help="the response's JSON, not streamed")
+    images = "the images of the request, in their order"
+    heatmap.add_argument("--image", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help=images)
+    heatmap.add_argument("--output", required=True, type=Path, metavar="FILE.png", help="the picture to write")
+    model = "checkpoint folder; only its config.json is read (default: the response's model, if that is a folder)"
+    heatmap.add_argument("--model", metavar="MODEL", help=model)
     # It is built from the flags of this module.
     from redvtp.evaluation.flags import add_commands
 
@@ -78,16 +90,26 @@ def check_outputs(options: argparse.Namespace) -> None:
         path: Path | None = getattr(options, name)
         if path is None:
             continue
-        folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise BadInput(f"--{name} {path} cannot be written; name a file in a folder that exists")
+        _check_file(name, path)
     if options.heatmap:
-        if Image.registered_extensions().get(options.heatmap.suffix.lower()) not in Image.SAVE:
-            raise BadInput(f"--heatmap {options.heatmap} does not end like an image file; use .png")
+        check_picture("heatmap", options.heatmap)
         if not options.image:
             raise BadInput("--heatmap needs an --image to draw on")
         if options.pruning == "none":
             raise BadInput("--heatmap needs scores, which --pruning none does not compute; leave one of them out")
+
+
+def check_picture(flag: str, path: Path) -> None:
+    """Raises BadInput for a file that no image could be written to."""
+    _check_file(flag, path)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise BadInput(f"--{flag} {path} does not end like an image file; use .png")
+
+
+def _check_file(flag: str, path: Path) -> None:
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise BadInput(f"--{flag} {path} cannot be written; name a file in a folder that exists")
 
 
 def check_folder(flag: str, path: Path) -> None:

@@ -3,11 +3,12 @@
 Patches that lost their visual token are grey; the rest keep their colours. Over both lies a tint of the scores, from
 blue (looked at least) to red. Where an image has a coarse first tile and a fine grid, the fine token of a patch
 decides; its grey is darker when the coarse token over it is gone too. `redvtp generate --heatmap` draws from a run,
-`draw_saved` from a stored trace or API response.
+`redvtp heatmap` (`draw_saved`) from a stored trace or API response.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -63,18 +64,49 @@ def draw(
     return _side_by_side(panels)
 
 
-def draw_saved(images: Sequence[Image.Image], config: DvlmConfig, saved: Mapping[str, Any]) -> Image.Image:
+def draw_saved(images: Sequence[Image.Image], config: DvlmConfig, saved: object) -> Image.Image:
     """The same from a stored trace, or from an API response that was asked for with `"redvtp_report": "full"`.
 
-    Raises ValueError when there is no pruning in it.
+    Raises ValueError when it is neither, or when there is no pruning in it.
     """
-    report = (saved.get("kv_transfer_params") or {}).get("redvtp", saved)
-    prunings = report.get("prunings")
+    prunings = prunings_of(saved)
+    return draw(images, config, prunings[0]["importance"], survivors(prunings))
+
+
+def prunings_of(saved: object) -> list[Mapping[str, Any]]:
+    """The prunings of a trace or an API response read from JSON, checked. Raises ValueError saying what is amiss."""
+    if not isinstance(saved, Mapping):
+        raise ValueError("this is neither an API response nor a trace: both are JSON objects")
+    transferred = saved.get("kv_transfer_params")
+    report = transferred.get("redvtp") if isinstance(transferred, Mapping) else saved
+    prunings = report.get("prunings") if isinstance(report, Mapping) else None
     if prunings is None:
-        raise ValueError('no "prunings" in this response; ask for it with "redvtp_report": "full"')
+        raise ValueError(
+            'no "prunings" in this response; ask for them with "vllm_xargs": {"redvtp_report": "full"}, unstreamed'
+        )
+    if not isinstance(prunings, Sequence) or not all(_is_pruning(pruning) for pruning in prunings):
+        raise ValueError(
+            '"prunings" are damaged: each needs "importance", one number for each visual token, and "kept"'
+        )
     if not prunings:
         raise ValueError("nothing was pruned in this request, so there are no scores to draw")
-    return draw(images, config, prunings[0]["importance"], survivors(prunings))
+    for before, after in itertools.pairwise(prunings):
+        if after["visual_before"] != len(before["kept"]):
+            raise ValueError('"prunings" are damaged: one does not begin with what the one before it kept')
+    return list(prunings)
+
+
+def _is_pruning(value: object) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    scores, kept, before = value.get("importance"), value.get("kept"), value.get("visual_before")
+    return (
+        isinstance(scores, list)
+        and isinstance(kept, list)
+        and len(scores) == before
+        and all(isinstance(score, int | float) and math.isfinite(score) for score in scores)
+        and all(isinstance(index, int) and 0 <= index < len(scores) for index in kept)
+    )
 
 
 def _stretch(scores: Floats) -> Floats:

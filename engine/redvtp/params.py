@@ -20,21 +20,45 @@ MASK_MARK = "<mask>"
 DEFAULT_BLOCK_LENGTH = 32
 # A canvas above this is a typing error, not a wish: one tensor row for each token is laid out at once.
 MAX_GEN_LENGTH = 1 << 16
+# Longer text fits no canvas and no context; tokenising megabytes to find that out would hold up a server.
+MAX_TEXT_LENGTH = 1 << 16
+# Beyond these a schedule is a single jump, and float32 no longer knows the curve.
+SCHEDULE_SHIFTS = (0.001, 1000)
+_SHOWN_LENGTH = 120
+
+
+def shown(value: object) -> str:
+    """A refused value as a message shows it: what a client sends may be megabytes long."""
+    text = value[: _SHOWN_LENGTH + 1] if isinstance(value, str) else value
+    text = repr(text)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
 
 
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
     allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
+        raise ValueError(f"{name} must be an integer {allowed}, got {shown(value)}")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return True
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
+
+
+def _text(name: str, value: str) -> None:
+    if len(value) > MAX_TEXT_LENGTH:
+        raise ValueError(f"{name} must have at most {MAX_TEXT_LENGTH:,} characters, got {len(value):,}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair, which no tokenizer and no wire format takes.
+        raise ValueError(f"{name} must be valid Unicode, got {shown(value)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +78,8 @@ class DenoisingParams:
     remasking: which candidates a step commits: those with the highest probability (`low_confidence`), the lowest
     `entropy`, the largest `margin` between the two best tokens, or `random` ones.
     stop: strings that end the answer wherever they appear on the canvas; not part of it.
-    suffix: text after the canvas, seen by every step, never overwritten, returned after the answer.
+    suffix: text after the canvas, seen by every step and never overwritten. The embedded engine returns it after the
+    answer, a server does not repeat it.
     draft: the answer with a `<mask>` for every token that is to be filled in; the rest of it never changes. The canvas
     is then as long as the draft, which gen_length only limits, and the model's end tokens do not end it.
     ignore_eos: the model's end tokens do not end the answer.
@@ -92,21 +117,26 @@ class DenoisingParams:
                     f"{self.resolved_block_length} in gen_length {self.gen_length}), got {self.steps}"
                 )
         if not _is_number(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be a number >= 0, got {self.temperature!r}")
+            raise ValueError(f"temperature must be a number >= 0, got {shown(self.temperature)}")
         if self.seed is not None:
             _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         _one_of("schedule", self.schedule, SCHEDULES)
-        if not _is_number(self.schedule_shift) or self.schedule_shift <= 0:
-            raise ValueError(f"schedule_shift must be a number > 0, got {self.schedule_shift!r}")
+        low, high = SCHEDULE_SHIFTS
+        if not _is_number(self.schedule_shift) or not low <= self.schedule_shift <= high:
+            raise ValueError(f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}")
         _one_of("remasking", self.remasking, REMASKINGS)
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
+            raise ValueError(f"stop must be non-empty strings, got {shown(self.stop)}")
+        for stop in self.stop:
+            _text("stop", stop)
         if not isinstance(self.suffix, str):
-            raise ValueError(f"suffix must be a string, got {self.suffix!r}")
+            raise ValueError(f"suffix must be a string, got {shown(self.suffix)}")
+        _text("suffix", self.suffix)
         if not isinstance(self.draft, str) or (self.draft and MASK_MARK not in self.draft):
-            raise ValueError(f"draft must be text with at least one {MASK_MARK} to fill in, got {self.draft!r}")
+            raise ValueError(f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}")
+        _text("draft", self.draft)
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}")
+            raise ValueError(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
         _one_of("cache", self.cache, CACHES)
         _integer("refresh_interval", self.refresh_interval, 1)
 
@@ -142,5 +172,5 @@ class PruningParams:
     def __post_init__(self) -> None:
         _one_of("pruning", self.preset, PRESETS)
         if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must be a number in (0, 1], got {self.keep_ratio!r}")
+            raise ValueError(f"keep_ratio must be a number in (0, 1], got {shown(self.keep_ratio)}")
         _one_of("positions", self.positions, POSITIONS)

@@ -190,7 +190,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--pruning", "late"], "pruning must be one of"),
         (["--schedule", "steep"], "schedule must be one of even, linear, shift, cosine, logit_normal, dream"),
         (["--threshold", "0.9"], "--threshold is not supported yet; leave it out"),
-        (["--schedule-shift", "-3"], "schedule_shift must be a number > 0, got -3.0"),
+        (["--schedule-shift", "-3"], "schedule_shift must be a number in [0.001, 1000], got -3.0"),
         (["--engine", "tgi"], "--engine must be one of local, vllm, got 'tgi'"),
         (["--max-model-len", "0"], "--max-model-len must be an integer >= 1, got 0"),
         (["--heatmap", "kept.png"], "--heatmap needs an --image"),

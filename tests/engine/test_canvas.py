@@ -7,13 +7,13 @@ from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import golden_data
 from redvtp.denoising.canvas import Canvas
 from redvtp.denoising.schedule import curve_counts, dream_counts, even_counts, schedule_of, transfer_table
-from redvtp.params import SCHEDULES
+from redvtp.params import SCHEDULE_SHIFTS, SCHEDULES
 
 MASK = 99
 
@@ -55,6 +55,16 @@ def test_a_shift_of_one_is_the_straight_line_and_a_larger_one_decides_later(
     assert curve_counts(tokens, steps, "shift", 1.0) == line
     half = len(line) // 2
     assert sum(curve_counts(tokens, steps, "shift", shift)[:half]) <= sum(line[:half])
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.floats(*SCHEDULE_SHIFTS))
+# In float32 these end a hair below 1.
+@example(2, 1, 0.1)
+@example(3, 2, 0.05)
+def test_a_shift_leaves_nothing_undecided(tokens: int, steps: int, shift: float) -> None:
+    counts = curve_counts(tokens, steps, "shift", shift)
+    assert sum(counts) == tokens
+    assert min(counts) > 0
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 200), st.sampled_from(SCHEDULES))

@@ -20,13 +20,23 @@ BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"temperature": float("nan")}, "temperature must be"),
     ({"seed": "x"}, "seed must be an integer"),
     ({"schedule": "square"}, "schedule must be one of even, linear, shift, cosine, logit_normal, dream, got 'square'"),
-    ({"schedule_shift": 0}, "schedule_shift must be a number > 0, got 0"),
+    ({"schedule_shift": 0}, r"schedule_shift must be a number in \[0.001, 1000\], got 0"),
+    ({"schedule_shift": 1e30}, "schedule_shift must be"),
+    ({"schedule_shift": float("inf")}, "schedule_shift must be"),
+    ({"schedule_shift": 10**400}, "schedule_shift must be"),
+    ({"schedule_shift": True}, "schedule_shift must be"),
     ({"remasking": "best"}, "remasking must be one of low_confidence, entropy, margin, random, got 'best'"),
     ({"stop": ("",)}, "stop must be non-empty strings"),
     ({"stop": "eot"}, "stop must be non-empty strings"),
+    ({"stop": ("\ud800",)}, r"stop must be valid Unicode, got '\\ud800'"),
+    ({"stop": ("x" * 70_000,)}, "stop must have at most 65,536 characters, got 70,000"),
     ({"suffix": 3}, "suffix must be a string"),
+    ({"suffix": "a\udfff"}, r"suffix must be valid Unicode, got 'a\\udfff'"),
+    ({"suffix": "x" * 70_000}, "suffix must have at most 65,536 characters, got 70,000"),
     ({"draft": 3}, "draft must be text with at least one <mask> to fill in, got 3"),
     ({"draft": "all said"}, "draft must be text with at least one <mask> to fill in, got 'all said'"),
+    ({"draft": "<mask>\ud800"}, "draft must be valid Unicode"),
+    ({"draft": "<mask>" * 20_000}, "draft must have at most 65,536 characters, got 120,000"),
     ({"ignore_eos": 1}, "ignore_eos must be true or false"),
     ({"cache": "dual"}, "cache must be one of none, prefix, prefix_lm, got 'dual'"),
     ({"refresh_interval": 0}, "refresh_interval must be an integer >= 1, got 0"),
@@ -36,6 +46,8 @@ BAD_PRUNING: list[tuple[dict[str, Any], str]] = [
     ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \(0, 1\], got 1.5"),
     ({"keep_ratio": "x"}, r"keep_ratio must be a number in \(0, 1\], got 'x'"),
     ({"keep_ratio": float("nan")}, "keep_ratio must be"),
+    ({"keep_ratio": 10**400}, "keep_ratio must be"),
+    ({"keep_ratio": [0.5]}, r"keep_ratio must be a number in \(0, 1\], got \[0.5\]"),
     ({"preset": "fastv"}, "pruning must be one of redvtp, random, uniform, none, got 'fastv'"),
     ({"positions": "shuffled"}, "positions must be one of compact, original, got 'shuffled'"),
 ]
@@ -51,6 +63,14 @@ def test_bad_denoising_knobs_are_named(knobs: dict[str, Any], message: str) -> N
 def test_bad_pruning_knobs_are_named(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PruningParams(**knobs)
+
+
+def test_refused_value_is_not_echoed_at_length() -> None:
+    """It came from a client, who may have sent megabytes."""
+    for knobs in ({"cache": "x" * 10**6}, {"suffix": ["x" * 10**6]}, {"gen_length": list(range(10**5))}):
+        with pytest.raises(ValueError, match=r"got .*\.\.\.$") as refusal:
+            DenoisingParams(**knobs)  # type: ignore[arg-type]
+        assert len(str(refusal.value)) < 400
 
 
 @pytest.mark.parametrize(("gen", "block", "steps"), [(1, 1, 1), (2, 2, 1), (16, 16, 8), (96, 32, 48), (100, 32, 50)])

@@ -67,6 +67,13 @@ def test_summary_tells_the_freed_blocks(llm: LLM) -> None:
             "prompt_tokens": prompt,
             "visual_tokens": visual,
             "visual_tokens_kept": kept,
+            "images": [
+                {
+                    "visual_tokens": visual,
+                    "visual_tokens_kept": kept,
+                    "kept_share": pytest.approx(kept / visual, abs=1e-4),
+                }
+            ],
             "kv_blocks_admitted": before,
             "blocks_freed": before - after,
         }
@@ -80,6 +87,7 @@ def test_full_report_has_every_step(llm: LLM) -> None:
     assert told["trace"][-1]["canvas"] == list(output.outputs[0].token_ids)
     (pruning,) = told["prunings"]
     assert len(pruning["kept"]) == told["visual_tokens_kept"]
+    assert told["kept"] == pruning["kept"]
     assert len(pruning["importance"]) == told["visual_tokens"]
 
 

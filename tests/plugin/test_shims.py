@@ -13,13 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import requests
 from PIL.Image import DecompressionBombError
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
+from vllm.exceptions import VLLMError
+from vllm.multimodal.media import MediaConnector
 from vllm.multimodal.media.image import ImageMediaIO
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.serial_utils import MsgpackEncoder
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from image_bytes import claimed_png
@@ -66,10 +71,32 @@ def test_max_tokens_is_still_cut_in_silence() -> None:
 
 
 def test_decompression_bomb_is_still_no_bad_request() -> None:
-    """renderer._image_errors: vLLM answers a ValueError with HTTP 400, anything else with 500."""
+    """renderer._media_errors: vLLM answers a ValueError with HTTP 400, most other errors with 500."""
     with pytest.raises(DecompressionBombError):
         ImageMediaIO().load_bytes(claimed_png(30_000, 30_000))
     assert not issubclass(DecompressionBombError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("file:///etc/hostname", RuntimeError),
+        ("data:image/png,abc", NotImplementedError),
+        ("http://127.0.0.1:1/a.png", requests.ConnectionError),
+    ],
+)
+def test_urls_that_cannot_be_loaded_are_still_no_bad_requests(url: str, error: type[Exception]) -> None:
+    """renderer._media_errors: vLLM answers these with HTTP 500 and 501."""
+    with pytest.raises(error):
+        MediaConnector().load_from_url(url, ImageMediaIO())
+    assert not issubclass(error, ValueError | VLLMError)
+
+
+def test_half_a_surrogate_pair_still_does_not_reach_the_engine() -> None:
+    """params.refuse_broken_text: the request cannot be encoded, and AsyncLLM makes an HTTP 500 of any such error."""
+    with pytest.raises(UnicodeEncodeError):
+        MsgpackEncoder().encode({"redvtp_suffix": "\ud800"})
+    assert "raise EngineGenerateError() from" in inspect.getsource(AsyncLLM.generate)
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="the worker of the CPU platform")

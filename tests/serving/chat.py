@@ -36,10 +36,13 @@ def golden_run(case: str, name: str) -> Run:
     return run
 
 
+def data_url(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
 def message(question: str, images: Sequence[bytes] = ()) -> Any:
     """One user turn; images, as bytes of PNG files, go as data URLs."""
-    urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in images]
-    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 

@@ -51,9 +51,13 @@ class Server:
         with self.client() as client:
             return client.models.list().data[0].id
 
+    def post(self, path: str, body: bytes) -> tuple[int, str]:
+        """Status and answer to a body no client library would send."""
+        return _request(self.port, "POST", path, body)
+
     def metric(self, name: str, label: str = "") -> float:
         """A gauge or counter of /metrics, summed over its labels, or over those with `label` (`reason="abort"`)."""
-        status, text = _get(self.port, "/metrics")
+        status, text = _request(self.port, "GET", "/metrics")
         assert status == 200
         series = re.findall(rf"^{re.escape(name)}{{([^}}]*)}} (\S+)$", text, re.MULTILINE)
         assert series, f"vLLM exports no {name}"
@@ -132,15 +136,15 @@ def _free_port() -> int:
 
 def _healthy(port: int) -> bool:
     try:
-        return _get(port, "/health")[0] == 200
+        return _request(port, "GET", "/health")[0] == 200
     except (OSError, http.client.HTTPException):
         return False
 
 
-def _get(port: int, path: str) -> tuple[int, str]:
+def _request(port: int, method: str, path: str, body: bytes | None = None) -> tuple[int, str]:
     connection = http.client.HTTPConnection(HOST, port, timeout=REQUEST_SECONDS)
     try:
-        connection.request("GET", path)
+        connection.request(method, path, body, {"Content-Type": "application/json"} if body is not None else {})
         response = connection.getresponse()
         return response.status, response.read().decode()
     finally:

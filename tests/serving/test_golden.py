@@ -59,6 +59,13 @@ def test_report_tells_what_the_pruning_dropped_and_freed(client: openai.OpenAI, 
         "prompt_tokens": prompt,
         "visual_tokens": visual,
         "visual_tokens_kept": visual - prune["pruned"],
+        "images": [
+            {
+                "visual_tokens": visual,
+                "visual_tokens_kept": prune["keep_n"],
+                "kept_share": pytest.approx(prune["keep_n"] / visual, abs=1e-4),
+            }
+        ],
         "kv_blocks_admitted": admitted,
         "blocks_freed": admitted - _blocks(prune["seq_len_after"]),
     }

@@ -15,6 +15,8 @@ from PIL import Image
 from golden_data import Case
 from image_bytes import claimed_png, png
 from serving.chat import CHECKPOINT, ask, message
+from serving.server import Server
+from vllm_redvtp.params import KNOBS
 
 pytestmark = pytest.mark.serving
 
@@ -56,11 +58,37 @@ def test_bad_image_is_refused(answering: openai.OpenAI, model: str, images: list
 
 @pytest.mark.parametrize(
     ("url", "reason"),
-    [("data:image/png;base64,@@@@", "base64"), ("photo.png", "must be either a HTTP, data or file URL")],
+    [
+        ("data:image/png;base64,@@@@", "base64"),
+        ("data:image/png,%89PNG", "Only base64 data URLs are supported"),
+        ("data:image/png;base64", "missing ',' separator"),
+        ("photo.png", "must be either a HTTP, data or file URL"),
+        ("file:///etc/hostname", "Cannot load local files without `--allowed-local-media-path`"),
+        ("http://[::1/a.png", "Failed to parse"),
+    ],
 )
 def test_bad_image_url_is_refused(answering: openai.OpenAI, model: str, url: str, reason: str) -> None:
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
     _refused(answering, model, {"role": "user", "content": content}, match=reason)
+    image = {"type": "input_image", "image_url": url, "detail": "auto"}
+    with pytest.raises(openai.BadRequestError, match=reason):
+        answering.responses.create(model=model, input=[{"role": "user", "content": [image]}])  # type: ignore[list-item]
+
+
+def test_image_of_a_host_that_cannot_be_reached_is_refused(answering: openai.OpenAI, model: str) -> None:
+    """As vLLM refuses a URL that is answered with 404, and not with an HTTP 500 that looks like our fault."""
+    # Nobody listens on port 1.
+    content = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}]
+    with pytest.raises(openai.UnprocessableEntityError, match="image could not be fetched: Cannot connect to host"):
+        ask(answering, model, {"role": "user", "content": content}, max_tokens=8)
+
+
+def test_wrong_type_in_a_data_url_does_not_matter(client: openai.OpenAI, model: str) -> None:
+    options: dict[str, Any] = {"max_tokens": 4, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    content = message("What?", [PHOTO])["content"]
+    expected = ask(client, model, {"role": "user", "content": content}, **options)
+    content[0]["image_url"]["url"] = content[0]["image_url"]["url"].replace("image/png", "text/html")
+    assert ask(client, model, {"role": "user", "content": content}, **options).token_ids == expected.token_ids
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 64), (64, 20_000)], ids=str)
@@ -101,7 +129,9 @@ def test_completions_refuse_a_mark(answering: openai.OpenAI, model: str) -> None
         ({"gen_length": 10**6}, r"gen_length must be an integer in \[1, 65536\], got 1000000"),
         ({"block_length": 65}, r"block_length must be an integer in \[1, 64\], got 65"),
         ({"pruning": "redvpt"}, r"pruning must be one of redvtp, random, uniform, none"),
-        ({"keepratio": 0.5}, r"unknown knob redvtp_keepratio; allowed: .*redvtp_keep_ratio"),
+        ({"keepratio": 0.5}, r"unknown knob 'redvtp_keepratio'; allowed: .*redvtp_keep_ratio"),
+        ({"keep-ratio": 0.5}, r"unknown knob 'redvtp_keep-ratio'; did you mean redvtp_keep_ratio\?"),
+        ({"suffix": "long " * 40_000}, "suffix must have at most 65,536 characters, got 200,000"),
     ],
     ids=str,
 )
@@ -112,15 +142,75 @@ def test_bad_knob_is_refused(answering: openai.OpenAI, model: str, knobs: dict[s
     _refused(answering, model, message("What?", [PHOTO]), match=reason, **options)
 
 
+@pytest.mark.parametrize("name", ["keep_ratio", "Redvtp_keep_ratio", "keep-ratio", "block_length"])
+def test_knob_without_its_prefix_is_refused(answering: openai.OpenAI, model: str, name: str) -> None:
+    """Not a knob and not an error for vLLM: it would be without effect, silently."""
+    reason = f"unknown knob '{name}'; did you mean redvtp_"
+    _refused(answering, model, message("What?"), match=reason, extra_body={"vllm_xargs": {name: 0.5}})
+
+
+# As JSON: what Python has no value for included. Infinity is what 1e999 becomes.
+HOSTILE = {
+    "NaN": "NaN",
+    "infinity": "1e999",
+    "negative": "-1",
+    "huge": "1" + "0" * 30,
+    "list": "[1]",
+    "object": '{"a": 1}',
+    "null": "null",
+    "text": '"?"',
+    "half a surrogate pair": '"\\ud800"',
+    "deep": "[" * 50 + "]" * 50,
+}
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_every_knob_refuses_every_hostile_value_by_name(server: Server, model: str, knob: str) -> None:
+    start = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What?"}}], "vllm_xargs": '
+    for kind, value in HOSTILE.items():
+        if (knob, kind) == ("suffix", "text"):
+            continue
+        status, said = server.post("/v1/chat/completions", f'{start}{{"redvtp_{knob}": {value}}}}}'.encode())
+        assert status == 400, (kind, said)
+        # vLLM itself refuses integers that do not fit its messages, before it tells anybody their names.
+        assert knob in said or (kind == "huge" and "extra_args integers must be between" in said), (kind, said)
+
+
+def test_half_a_surrogate_pair_is_refused_anywhere(server: Server, model: str) -> None:
+    start = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What?"}}], '
+    for part in (
+        '"stop": ["\\ud800"]',
+        '"vllm_xargs": {"other": "\\ud800"}',
+        '"kv_transfer_params": {"a": ["\\ud800"]}',
+    ):
+        status, said = server.post("/v1/chat/completions", f"{start}{part}}}".encode())
+        assert status == 400, (part, said)
+        assert "must be valid Unicode" in said
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
         ({"max_tokens": LONGEST + 1}, "max_tokens"),
-        ({"logprobs": True}, "logprobs is not supported by diffusion decoding"),
-        ({"logprobs": True, "top_logprobs": 2}, "logprobs is not supported by diffusion decoding"),
-        ({"response_format": {"type": "json_object"}}, "structured outputs .* not supported"),
-        ({"temperature": 1, "top_p": 0.5}, "top_p is not supported by diffusion decoding"),
+        ({"logprobs": True}, "logprobs .* is not supported by diffusion decoding"),
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs .* is not supported by diffusion decoding"),
+        ({"response_format": {"type": "json_object"}}, "response_format .* not supported"),
+        ({"extra_body": {"structured_outputs": {"regex": "a+"}}}, "response_format .* is not supported"),
+        ({"extra_body": {"use_beam_search": True}}, "beam search, which needs them.* is not supported"),
+        ({"extra_body": {"prompt_logprobs": 1}}, "prompt_logprobs .* is not supported"),
+        ({"extra_body": {"echo": True}}, "echo in a chat, which asks for them.* is not supported"),
+        ({"logit_bias": {"5": 10}}, "logit_bias is not supported"),
+        ({"extra_body": {"min_tokens": 3}}, "min_tokens is not supported"),
+        ({"extra_body": {"allowed_token_ids": [5]}}, "allowed_token_ids is not supported"),
+        ({"extra_body": {"bad_words": ["no"]}}, "bad_words is not supported"),
+        ({"presence_penalty": 1}, "presence_penalty is not supported"),
+        ({"frequency_penalty": 1}, "frequency_penalty is not supported"),
+        ({"extra_body": {"repetition_penalty": 1.2}}, "repetition_penalty is not supported"),
+        ({"temperature": 1, "extra_body": {"top_k": 5}}, "top_k with a temperature is not supported"),
+        ({"temperature": 1, "extra_body": {"min_p": 0.1}}, "min_p with a temperature is not supported"),
+        ({"n": 2}, "n must be 1 when using greedy sampling"),
+        ({"temperature": 1, "top_p": 0.5}, "top_p below 1 with a temperature is not supported by diffusion decoding"),
     ],
     ids=str,
 )

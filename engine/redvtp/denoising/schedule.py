@@ -46,7 +46,10 @@ def curve_counts(tokens: int, steps: int, curve: str, shift: float) -> tuple[int
     steps = min(steps, tokens)
     # float32 and its rounding decide where the truncation below falls: the reference's tables depend on it.
     time = torch.linspace(0, 1, steps + 1)
-    counts = (CURVES[curve](time, shift) * tokens).long().diff().clamp(min=1).tolist()
+    reached = (CURVES[curve](time, shift) * tokens).long()
+    # Every curve ends at 1; in float32 some end a hair below it (shift 0.1), which would leave a token undecided.
+    reached[-1] = tokens
+    counts = reached.diff().clamp(min=1).tolist()
     surplus = sum(counts) - tokens
     while surplus > 0:
         for step in range(steps):

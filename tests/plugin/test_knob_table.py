@@ -1,0 +1,53 @@
+"""docs/knobs.md has a table of all knobs that scripts/knob_table.py writes from the dataclasses."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from redvtp.params import PRESETS, SCHEDULES
+from vllm_redvtp.params import KNOBS, PREFIX
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("knob_table", ROOT / "scripts" / "knob_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_document_has_the_table_of_today(script: ModuleType) -> None:
+    document = (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8")
+    assert document == script.rewritten(document), "run python scripts/knob_table.py"
+
+
+def test_a_stale_table_is_noticed(script: ModuleType) -> None:
+    document = (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8")
+    stale = document.replace("`redvtp_keep_ratio` | 0.5", "`redvtp_keep_ratio` | 0.25")
+    assert stale != document
+    assert script.rewritten(stale) == document
+
+
+def test_every_knob_has_a_row_with_what_it_allows(script: ModuleType) -> None:
+    rows = {name: (default, allowed, meaning) for name, default, allowed, meaning in script.rows()}
+    named = {knob for knob in KNOBS if any(f"`{PREFIX}{knob}`" in name for name in rows)}
+    assert named == set(KNOBS)
+    assert rows[f"`{PREFIX}schedule`"][1] == ", ".join(SCHEDULES)
+    assert rows[f"`{PREFIX}pruning`"][1] == ", ".join(PRESETS)
+    assert rows[f"`{PREFIX}keep_ratio`"][:2] == ("0.5", "number in (0, 1]")
+    assert all(meaning for _, _, meaning in rows.values())
+
+
+def test_the_readmes_short_table_names_the_same_knobs() -> None:
+    """gen_length is left to its usual name there, max_tokens."""
+    named = set(re.findall(r"^\| `redvtp_(\w+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert named == set(KNOBS) - {"gen_length"}
