@@ -2,8 +2,8 @@
 
     python -m training.taskset --to examples/tiny_dvlm/tasks --per-task 100
 
-Each line of `tasks.jsonl` has id, task, group ("short", "count" or "long"), image (file name beside it), question, answer,
-gen_length and steps. The pictures hold handwriting, codes, values and layouts that no training picture has.
+Each line of `tasks.jsonl` has id, task, group ("short", "count" or "long"), image (file name beside it), question,
+answer, gen_length and steps. The pictures hold handwriting, codes, values and layouts that no training picture has.
 """
 
 from __future__ import annotations
