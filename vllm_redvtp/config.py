@@ -77,6 +77,7 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Choose our scheduler and worker, and switch off what assumes one causal pass over the prompt."""
+        from vllm_redvtp.metrics import install_metrics
         from vllm_redvtp.params import server_defaults
 
         _refuse_unsupported(vllm_config)
@@ -84,6 +85,8 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
         _use_our_parts(vllm_config)
         _schedule_synchronously(vllm_config)
         _size_kv_cache(vllm_config)
+        # The hook runs in every front-end, which is where they are collected.
+        install_metrics()
 
 
 def _default_to_greedy(model_config: ModelConfig) -> None:

@@ -94,7 +94,8 @@ class DiffusionModelRunner:
         scheduled = list(scheduler_output.num_scheduled_tokens)
         if not scheduled:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), self._engine.clock
+        before = dict(clock.seconds)
         reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
         return DenoisingOutput(
             req_ids=scheduled,
@@ -103,6 +104,7 @@ class DiffusionModelRunner:
             reports=reports,
             errors=errors,
             step_ms=(time.perf_counter() - started) * 1e3,
+            seconds={label: seconds - before[label] for label, seconds in clock.seconds.items()},
         )
 
     def _sequence(self, request: NewRequestData) -> Sequence:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from redvtp.attention.batch import Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
+from redvtp.clock import Clock
 from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of
 from redvtp.kv.cache import PagedKVCache
@@ -65,6 +66,7 @@ class DenoisingRunner:
         self.cache = cache
         self.special = special
         self._reduce_scores = reduce_scores
+        self.clock = Clock(model.device)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
 
     @torch.inference_mode()
@@ -76,6 +78,7 @@ class DenoisingRunner:
         self.encode_prompts([sequence for sequence in batch if sequence.encodes_prompt_next()])
         # An end token right behind the prompt leaves nothing to denoise.
         prunings = self._denoise([sequence for sequence in batch if not sequence.finished])
+        self.clock.settle()
         reports = []
         for sequence, plan, (block, step), before in zip(batch, plans, positions, held, strict=True):
             blocks = blocks_needed(sequence.total_length, self.cache.block_size)
@@ -189,6 +192,7 @@ class DenoisingRunner:
                 sequence.visual_rows.to(device),
                 config.num_attention_heads,
                 config.num_hidden_layers,
+                self.clock,
             )
         return Segment(
             start=first_row,
@@ -231,8 +235,9 @@ class DenoisingRunner:
         """[visual] float32, of a step that was scored."""
         if scores is None:
             return None
-        by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())
-        return masked_row_importance(by_row, still_masked.to(by_row.device)).cpu()
+        with self.clock.measure("score"):
+            by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())
+            return masked_row_importance(by_row, still_masked.to(by_row.device)).cpu()
 
     def _prune(self, sequence: Sequence, importance: Tensor | None, step: int) -> PruningReport:
         """Drop the least important visual tokens, or those a control picks."""
@@ -248,7 +253,8 @@ class DenoisingRunner:
             assert importance is not None
             kept = most_important(importance, count)
         if kept.numel() < before:
-            self._drop(sequence, kept)
+            with self.clock.measure("compaction"):
+                self._drop(sequence, kept)
         return PruningReport(step, None, before, kept.numel(), importance.tolist(), kept.tolist())
 
     def _drop(self, sequence: Sequence, kept: Tensor) -> None:

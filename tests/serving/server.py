@@ -53,11 +53,16 @@ class Server:
 
     def metric(self, name: str, label: str = "") -> float:
         """A gauge or counter of /metrics, summed over its labels, or over those with `label` (`reason="abort"`)."""
-        status, text = _get(self.port, "/metrics")
-        assert status == 200
+        text = self.metrics()
         series = re.findall(rf"^{re.escape(name)}{{([^}}]*)}} (\S+)$", text, re.MULTILINE)
         assert series, f"vLLM exports no {name}"
         return sum(float(value) for labels, value in series if label in labels)
+
+    def metrics(self) -> str:
+        """The whole of /metrics."""
+        status, text = _get(self.port, "/metrics")
+        assert status == 200
+        return text
 
     def wait_until_idle(self, seconds: float = 20) -> None:
         """Until no request is running or waiting; vLLM counts a finished one out shortly after its last token."""
