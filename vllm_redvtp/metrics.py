@@ -154,4 +154,4 @@ def install_metrics() -> None:
 
     PrometheusStatLogger._kv_connector_cls = DenoisingProm
     if not hasattr(KVConnectorLogging, "connector_cls"):
-        KVConnectorLogging.connector_cls = _Unconnected  # type: ignore[attr-defined]
+        KVConnectorLogging.connector_cls = _Unconnected  # type: ignore[assignment]
