@@ -171,9 +171,9 @@ def _size_kv_cache(vllm_config: VllmConfig) -> None:
     if cache.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         # vLLM's default, 92 % of the machine's memory, refuses to start wherever something else runs.
         cache.kv_cache_memory_bytes = _cpu_kv_cache_bytes(vllm_config)
-    bind = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
-    if vllm_config.parallel_config.tensor_parallel_size > 1 and bind == "auto":
-        # vLLM wants one NUMA node for each rank; this lets ranks share one. Child processes inherit it.
+    parallel, bind = vllm_config.parallel_config, os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    if parallel.tensor_parallel_size * parallel.data_parallel_size > 1 and bind == "auto":
+        # vLLM wants one NUMA node for each rank of each engine; this lets them share one. Child processes inherit it.
         os.environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "1")
 
 

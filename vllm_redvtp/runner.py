@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.tokenizers.registry import cached_tokenizer_from_config
@@ -162,9 +162,9 @@ class DiffusionModelRunner:
         return {report.request_id: report for report in reports}
 
     def _make_engine(self, model: Dvlm, cache: Any) -> DenoisingRunner:
-        # Each rank has its own heads; all must choose the same visual tokens.
-        reduce = tensor_model_parallel_all_reduce if get_tensor_model_parallel_world_size() > 1 else None
-        return DenoisingRunner(model, cache, self.planner.special, reduce_scores=reduce)
+        if get_tensor_model_parallel_world_size() == 1:
+            return DenoisingRunner(model, cache, self.planner.special)
+        return DenoisingRunner(model, cache, self.planner.special, tensor_model_parallel_all_reduce, _of_first_rank)
 
     # Asked for by vLLM's workers; nothing to do here.
 
@@ -192,6 +192,12 @@ class DiffusionModelRunner:
 
     def shutdown(self) -> None:
         self.sequences.clear()
+
+
+def _of_first_rank(numbers: torch.Tensor) -> torch.Tensor:
+    """The first tensor-parallel rank's numbers, on every rank."""
+    agreed: torch.Tensor = get_tp_group().broadcast(numbers.contiguous(), src=0)
+    return agreed
 
 
 def _explain(request_id: str, error: Exception) -> str:

@@ -50,7 +50,9 @@ class PackedStep:
 class DenoisingRunner:
     """Steps batches of sequences over one model and one paged cache.
 
-    reduce_scores: sums attention scores over tensor-parallel ranks, so that every rank makes the same choice.
+    reduce_scores: sums attention scores over tensor-parallel ranks, each of which has its own heads.
+    agree: gives every rank the first one's numbers, of all those that decide something. Ranks compute them alike, but
+    not always to the last bit, and caches that are cut differently would never meet again.
     observe: if set, every full step is scored, whether or not it prunes, and told: the sequence, the number of the step
     and the importance of its visual tokens, [visual] float32. A step that leaves nothing undecided has none.
     """
@@ -61,11 +63,13 @@ class DenoisingRunner:
         cache: PagedKVCache,
         special: SpecialTokens,
         reduce_scores: Callable[[Tensor], Tensor] | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.special = special
         self._reduce_scores = reduce_scores
+        self._agree = agree or (lambda numbers: numbers)
         self.clock = Clock(model.device)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
 
@@ -123,7 +127,7 @@ class DenoisingRunner:
         for sequence, segment in zip(batch, segments, strict=True):
             if sequence.shifted_logits:
                 logits = self._logits(hidden[segment.end - 1 : segment.end])
-                sequence.canvas.decide(0, int(logits[0, : self.special.vocab].argmax()))
+                sequence.canvas.decide(0, int(self._agree(logits[0, : self.special.vocab].argmax())))
 
     def _denoise(self, batch: list[Sequence]) -> dict[int, PruningReport]:
         """Forward, commit and prune; the prunings by the `id` of their sequence."""
@@ -224,8 +228,8 @@ class DenoisingRunner:
         choices = [Choice(seq.denoising.temperature, seq.denoising.remasking, seq.generator) for seq in batch]
         proposals = propose(logits, self.special.vocab, choices, counts)
         committed: list[Tensor] = []
-        parts = zip(batch, candidates, proposals.tokens.split(counts), proposals.confidence.split(counts), strict=True)
-        for sequence, masked, tokens, confidence in parts:
+        decided = [self._agree(part).split(counts) for part in (proposals.tokens, proposals.confidence)]
+        for sequence, masked, tokens, confidence in zip(batch, candidates, *decided, strict=True):
             chosen = select(confidence, sequence.canvas.tokens_to_commit())
             sequence.canvas.commit(masked[chosen], tokens[chosen])
             committed.append(masked[chosen])
@@ -237,7 +241,7 @@ class DenoisingRunner:
             return None
         with self.clock.measure("score"):
             by_row = scores.by_row() if self._reduce_scores is None else self._reduce_scores(scores.by_row())
-            return masked_row_importance(by_row, still_masked.to(by_row.device)).cpu()
+            return self._agree(masked_row_importance(by_row, still_masked.to(by_row.device))).cpu()
 
     def _prune(self, sequence: Sequence, importance: Tensor | None, step: int) -> PruningReport:
         """Drop the least important visual tokens, or those a control picks."""

@@ -24,7 +24,7 @@ import openai
 
 HOST = "127.0.0.1"
 # Half a minute on two idle cores, minutes on busy ones; a server that dies is noticed at once.
-START_SECONDS = 480
+START_SECONDS = 900
 REQUEST_SECONDS = 60
 TAIL_LINES = 60
 
