@@ -77,6 +77,7 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Choose our scheduler and worker, and switch off what assumes one causal pass over the prompt."""
+        from vllm_redvtp.metrics import install_metrics
         from vllm_redvtp.params import server_defaults, vision_cache_bytes
 
         _refuse_unsupported(vllm_config)
@@ -85,6 +86,8 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
         _use_our_parts(vllm_config)
         _schedule_synchronously(vllm_config)
         _size_kv_cache(vllm_config)
+        # The hook runs in every front-end, which is where they are collected.
+        install_metrics()
 
 
 def _default_to_greedy(model_config: ModelConfig) -> None:
@@ -169,9 +172,9 @@ def _size_kv_cache(vllm_config: VllmConfig) -> None:
     if cache.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         # vLLM's default, 92 % of the machine's memory, refuses to start wherever something else runs.
         cache.kv_cache_memory_bytes = _cpu_kv_cache_bytes(vllm_config)
-    bind = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
-    if vllm_config.parallel_config.tensor_parallel_size > 1 and bind == "auto":
-        # vLLM wants one NUMA node for each rank; this lets ranks share one. Child processes inherit it.
+    parallel, bind = vllm_config.parallel_config, os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    if parallel.tensor_parallel_size * parallel.data_parallel_size > 1 and bind == "auto":
+        # vLLM wants one NUMA node for each rank of each engine; this lets them share one. Child processes inherit it.
         os.environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "1")
 
 

@@ -18,7 +18,7 @@ from vllm.model_executor.models.transformers.utils import replace_linear_class
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from redvtp.models.dvlm import Dvlm
-from redvtp.models.loading import load_weights
+from redvtp.models.loading import checkpoint_name, load_weights
 from redvtp.prompt import IMAGE_MARK
 from vllm_redvtp.config import engine_config
 from vllm_redvtp.processing import DvlmDummyInputs, DvlmProcessingInfo, DvlmProcessor
@@ -43,13 +43,18 @@ class ServedDvlm(Dvlm, SupportsMultiModal):
             self._swap_linears(vllm_config.quant_config)
 
     def _swap_linears(self, quant_config: Any) -> None:
-        """vLLM's parallel linears in the language model; they split, quantise and all-reduce by themselves."""
+        """vLLM's parallel linears in the language model; they split, quantise and all-reduce by themselves.
+
+        A checkpoint's quantisation names its layers as the checkpoint does, so each linear goes under that name.
+        """
+        layout = self.config.family.layout
         for index, layer in enumerate(self.language_model.layers):
             for part in ("self_attn", "mlp"):
                 module = layer.get_submodule(part)
                 for name, child in list(module.named_children()):
                     if isinstance(child, nn.Linear):
-                        path = f"language_model.layers.{index}.{part}.{name}"
+                        weight = checkpoint_name(f"language_model.layers.{index}.{part}.{name}.weight", layout)
+                        path = weight.removesuffix(".weight")
                         swapped = replace_linear_class(child, cast(Any, self.TP_PLAN[name]), quant_config, prefix=path)
                         setattr(module, name, swapped)
 

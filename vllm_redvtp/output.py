@@ -14,12 +14,13 @@ from redvtp.sequence import StepReport
 class DenoisingOutput(ModelRunnerOutput):
     """reports: request id -> what its step did. errors: request id -> why it cannot go on (the others can).
 
-    step_ms: how long the step took, for the whole batch.
+    step_ms: how long the step took, for the whole batch. seconds: of parts of it, see `redvtp.clock`.
     """
 
     reports: dict[str, StepReport] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     step_ms: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def report_dict(report: StepReport, ms: float) -> dict[str, Any]:

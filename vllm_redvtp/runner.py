@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.tokenizers.registry import cached_tokenizer_from_config
@@ -99,7 +99,8 @@ class DiffusionModelRunner:
         scheduled = list(scheduler_output.num_scheduled_tokens)
         if not scheduled:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        started = time.perf_counter()
+        started, clock = time.perf_counter(), self._engine.clock
+        before = dict(clock.seconds)
         reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
         return DenoisingOutput(
             req_ids=scheduled,
@@ -108,6 +109,7 @@ class DiffusionModelRunner:
             reports=reports,
             errors=errors,
             step_ms=(time.perf_counter() - started) * 1e3,
+            seconds={label: seconds - before[label] for label, seconds in clock.seconds.items()},
         )
 
     def _suspend_and_resume(self, scheduler_output: SchedulerOutput) -> None:
@@ -206,9 +208,9 @@ class DiffusionModelRunner:
             return found
 
     def _make_engine(self, model: Dvlm, cache: Any) -> DenoisingRunner:
-        # Each rank has its own heads; all must choose the same visual tokens.
-        reduce = tensor_model_parallel_all_reduce if get_tensor_model_parallel_world_size() > 1 else None
-        return DenoisingRunner(model, cache, self.planner.special, reduce_scores=reduce)
+        if get_tensor_model_parallel_world_size() == 1:
+            return DenoisingRunner(model, cache, self.planner.special)
+        return DenoisingRunner(model, cache, self.planner.special, tensor_model_parallel_all_reduce, _of_first_rank)
 
     def reset_encoder_cache(self) -> None:
         """As after new weights: what the old ones saw in an image is worth nothing."""
@@ -238,6 +240,12 @@ class DiffusionModelRunner:
 
     def shutdown(self) -> None:
         self.sequences.clear()
+
+
+def _of_first_rank(numbers: torch.Tensor) -> torch.Tensor:
+    """The first tensor-parallel rank's numbers, on every rank."""
+    agreed: torch.Tensor = get_tp_group().broadcast(numbers.contiguous(), src=0)
+    return agreed
 
 
 def _explain(request_id: str, error: Exception) -> str:

@@ -20,11 +20,13 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from redvtp.kv.blocks import blocks_needed
 from redvtp.sequence import StepReport
+from vllm_redvtp.metrics import DenoisingTally
 from vllm_redvtp.output import DenoisingOutput
 from vllm_redvtp.planning import RequestPlanner
 from vllm_redvtp.request_state import DenoisingState
@@ -47,6 +49,7 @@ class DiffusionScheduler(Scheduler):
         self._tokenizer = cached_tokenizer_from_config(self.vllm_config.model_config)
         self._planner = RequestPlanner(self.vllm_config, self._tokenizer)
         self._states: dict[str, DenoisingState] = {}
+        self._tally = DenoisingTally()
         # Requests the next update ends without new tokens, with the sentence for those that failed.
         self._ending: dict[str, str | None] = {}
         self._refused_sessions: set[str] = set()
@@ -240,9 +243,11 @@ class DiffusionScheduler(Scheduler):
             reports = [report for rid, report in model_runner_output.reports.items() if rid in self._states]
             self._ending.update(model_runner_output.errors)
             step_ms = model_runner_output.step_ms
+            self._tally.batch(model_runner_output)
         for report in reports:
             state = self._states[report.request_id]
             state.record(report, step_ms)
+            self._tally.step(report, state)
             self._free_tail(report.request_id, state)
         ending, self._ending = self._ending, {}
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
@@ -255,6 +260,12 @@ class DiffusionScheduler(Scheduler):
                 self._report_at_stop_string(report.request_id, outputs)
         return outputs
 
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats: SchedulerStats | None = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            stats.kv_connector_stats = self._tally.take()
+        return stats
+
     # Endings
 
     def _free_tail(self, request_id: str, state: DenoisingState) -> None:
@@ -265,6 +276,7 @@ class DiffusionScheduler(Scheduler):
             del blocks[-len(tail) :]
             self.kv_cache_manager.block_pool.free_blocks(reversed(tail))
             state.blocks_freed += len(tail)
+            self._tally.freed(len(tail))
 
     def _expect_stop_string(self, request_id: str, outputs: dict[int, EngineCoreOutputs]) -> None:
         """The engine has finished, vLLM has not: the answer ends with a stop string, which the front-end looks for.
@@ -327,6 +339,8 @@ class DiffusionScheduler(Scheduler):
         _, ec_transfer_params = super()._free_request(request, delay_free_blocks)
         state = self._states.pop(request.request_id, None)
         self._ending.pop(request.request_id, None)
+        if state is not None:
+            self._tally.left(state)
         return (state.summary() if state is not None else None), ec_transfer_params
 
 

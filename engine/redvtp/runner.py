@@ -15,6 +15,7 @@ from torch import Tensor
 
 from redvtp.attention.batch import Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
+from redvtp.clock import Clock
 from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of_all
 from redvtp.kv.cache import PagedKVCache
@@ -51,7 +52,9 @@ class PackedStep:
 class DenoisingRunner:
     """Steps batches of sequences over one model and one paged cache.
 
-    reduce_scores: sums attention scores over tensor-parallel ranks, so that every rank makes the same choice.
+    reduce_scores: sums attention scores over tensor-parallel ranks, each of which has its own heads.
+    agree: gives every rank the first one's numbers, of all those that decide something. Ranks compute them alike, but
+    not always to the last bit, and caches that are cut differently would never meet again.
     observe: if set, every full step is scored, whether or not it prunes, and told: the sequence, the number of the step
     and the importance of its visual tokens, [visual] float32. A step that leaves nothing undecided has none.
     """
@@ -62,11 +65,14 @@ class DenoisingRunner:
         cache: PagedKVCache,
         special: SpecialTokens,
         reduce_scores: Callable[[Tensor], Tensor] | None = None,
+        agree: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.special = special
         self._reduce_scores = reduce_scores
+        self._agree = agree or (lambda numbers: numbers)
+        self.clock = Clock(model.device)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
 
     @torch.inference_mode()
@@ -79,6 +85,7 @@ class DenoisingRunner:
         self.encode_prompts([sequence for sequence in batch if sequence.encodes_prompt_next()])
         # An end token right behind the prompt leaves nothing to denoise.
         prunings = self._denoise([sequence for sequence in batch if not sequence.finished])
+        self.clock.settle()
         reports = []
         for sequence, plan, (block, step), before in zip(batch, plans, positions, held, strict=True):
             blocks = blocks_needed(sequence.total_length, self.cache.block_size)
@@ -148,7 +155,8 @@ class DenoisingRunner:
         hidden = self.model.language_model(rows, positions, self._attention(segments))
         if self.model.config.family.shifted_logits:
             last = self._logits(hidden[torch.tensor(ends, device=hidden.device) - 1])
-            for sequence, token in zip(batch, last[:, : self.special.vocab].argmax(-1).tolist(), strict=True):
+            first = self._agree(last[:, : self.special.vocab].argmax(-1))
+            for sequence, token in zip(batch, first.tolist(), strict=True):
                 sequence.canvas.decide(0, token)
 
     def _denoise(self, batch: list[Sequence]) -> dict[int, PruningReport]:
@@ -170,7 +178,8 @@ class DenoisingRunner:
                 # A committed row is decided even if the model proposed the mask id for it.
                 after = before.index_fill(0, committed, False)
             still_masked.append(after[before])
-        importances = self._importances(packed.segments, still_masked)
+        with self.clock.measure("score"):
+            importances = self._importances(packed.segments, still_masked)
         prunings: dict[int, PruningReport] = {}
         moves: list[CompactionPlan] = []
         for index, sequence in enumerate(batch):
@@ -181,7 +190,8 @@ class DenoisingRunner:
             if pruning_due[index] and bool(still_masked[index].any()):
                 prunings[id(sequence)] = self._prune(sequence, importance, steps[index], moves)
         if moves:
-            compact(self.cache, joined(moves), self.model.language_model.rotary)
+            with self.clock.measure("compaction"):
+                compact(self.cache, joined(moves), self.model.language_model.rotary)
         for sequence in batch:
             # Not a moment longer: it may hold the embeddings of the tokens that were dropped.
             if sequence.finished or sequence.next_step().first == 0:
@@ -232,6 +242,7 @@ class DenoisingRunner:
                 sequence.visual_rows.to(device),
                 config.num_attention_heads,
                 config.num_hidden_layers,
+                self.clock,
             )
         return Segment(
             start=first_row,
@@ -260,8 +271,8 @@ class DenoisingRunner:
         choices = [Choice(seq.denoising.temperature, seq.denoising.remasking, seq.generator) for seq in batch]
         proposals = propose(logits, self.special.vocab, choices, counts)
         committed: list[Tensor] = []
-        parts = zip(batch, candidates, proposals.tokens.split(counts), proposals.confidence.split(counts), strict=True)
-        for sequence, masked, tokens, confidence in parts:
+        decided = [self._agree(part).split(counts) for part in (proposals.tokens, proposals.confidence)]
+        for sequence, masked, tokens, confidence in zip(batch, candidates, *decided, strict=True):
             chosen = select(confidence, sequence.canvas.tokens_to_commit())
             sequence.canvas.commit(masked[chosen], tokens[chosen])
             committed.append(masked[chosen])
@@ -282,7 +293,8 @@ class DenoisingRunner:
             parts = summed.split([rows.numel() for rows in scored.values()])
             scored = {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
         found = [masked_row_importance(rows, still_masked[index].to(rows.device)) for index, rows in scored.items()]
-        return dict(zip(scored, torch.cat(found).cpu().split([part.numel() for part in found]), strict=True))
+        agreed = self._agree(torch.cat(found)).cpu()
+        return dict(zip(scored, agreed.split([part.numel() for part in found]), strict=True))
 
     def _prune(
         self, sequence: Sequence, importance: Tensor | None, step: int, moves: list[CompactionPlan]
@@ -300,7 +312,8 @@ class DenoisingRunner:
             assert importance is not None
             kept = most_important(importance, keep)
         if kept.numel() < before:
-            self._drop(sequence, kept, moves)
+            with self.clock.measure("compaction"):
+                self._drop(sequence, kept, moves)
         return PruningReport(step, None, before, kept.numel(), importance.tolist(), kept.tolist())
 
     def _drop(self, sequence: Sequence, kept: Tensor, moves: list[CompactionPlan]) -> None:

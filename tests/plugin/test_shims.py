@@ -10,11 +10,14 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import requests
 from PIL.Image import DecompressionBombError
+from vllm.config import ModelConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import VLLMError
 from vllm.multimodal.media import MediaConnector
@@ -23,6 +26,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
@@ -133,3 +137,20 @@ def test_cuda_worker_still_has_its_own_extension_point() -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     assert "self._make_model_runner" in {ast.unparse(call.func) for call in _calls(Worker)}
+
+
+def test_log_still_fails_on_statistics_without_a_connector() -> None:
+    """metrics.install_metrics gives it a class to ask, since ours come without a connector."""
+    assert "connector_cls" not in inspect.getsource(KVConnectorLogging).split("def ")[0]
+    assert "self.connector_cls is not None" in inspect.getsource(KVConnectorLogging.observe)
+
+
+def test_only_connectors_still_carry_a_dictionary_of_statistics() -> None:
+    """metrics: a field for statistics of plugins would be the place for ours."""
+    dictionaries = {field.name for field in fields(SchedulerStats) if "Any" in str(field.type)}
+    assert dictionaries == {"kv_connector_stats", "ec_connector_stats"}
+
+
+def test_diffusion_counters_are_still_for_vllms_own_path_only() -> None:
+    """metrics.DenoisingProm makes them itself; made twice they would clash."""
+    assert "canvas_length" in inspect.getsource(inspect.getattr_static(ModelConfig, "is_diffusion").func)

@@ -1,6 +1,8 @@
 """Golden runs of one checkpoint over two tensor-parallel ranks, in a process of its own:
 
-    python -m plugin.two_ranks answers.json PREEMPT RUN...
+    python -m plugin.two_ranks answers.json PREEMPT [--disturb] RUN...
+
+--disturb: the second rank's head is another one, so that by itself it would decide differently.
 
 All requests are preempted after every PREEMPT engine steps, if that is not 0. vLLM's parallel groups are globals of a
 process, and an engine that ends takes those of the other engines with it.
@@ -21,12 +23,18 @@ from plugin.requests import answer_of, prompt_of, sampling_of
 
 
 def main(output: str, preempt: str, *names: str) -> None:
+    disturb = "--disturb" in names
+    if disturb:
+        # vLLM runs functions in its workers only if it is told that nobody else can send it some.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     runs = [run for run in golden_data.runs() if str(run) in names]
     (checkpoint,) = {run.case.checkpoint for run in runs}
     model = str(golden_data.checkpoint_dir(checkpoint))
     # The scheduler in this process, so that a step is a step; the ranks have theirs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     llm = LLM(model, dtype="float32", tensor_parallel_size=2, disable_log_stats=True)
+    if disturb:
+        assert llm.collective_rpc(_disturb) == [0, 1]
     for run in runs:
         llm.llm_engine.add_request(str(run), prompt_of(run.case), sampling_of(run))
     outputs: dict[str, Any] = {}
@@ -40,6 +48,15 @@ def main(output: str, preempt: str, *names: str) -> None:
         str(run): answer_of(run, list(outputs[str(run)].outputs[0].token_ids), llm.get_tokenizer()) for run in runs
     }
     Path(output).write_text(json.dumps(answers))
+
+
+def _disturb(worker: Any) -> int:
+    """In a worker: which rank it is; the second one's head is shuffled."""
+    if worker.rank == 1:
+        head = worker.model_runner.model.language_model.lm_head.weight
+        head.data = head.data.roll(7, dims=0)
+    rank: int = worker.rank
+    return rank
 
 
 if __name__ == "__main__":

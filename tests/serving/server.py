@@ -24,7 +24,7 @@ import openai
 
 HOST = "127.0.0.1"
 # Half a minute on two idle cores, minutes on busy ones; a server that dies is noticed at once.
-START_SECONDS = 480
+START_SECONDS = 900
 REQUEST_SECONDS = 60
 TAIL_LINES = 60
 
@@ -57,11 +57,16 @@ class Server:
 
     def metric(self, name: str, label: str = "") -> float:
         """A gauge or counter of /metrics, summed over its labels, or over those with `label` (`reason="abort"`)."""
-        status, text = _request(self.port, "GET", "/metrics")
-        assert status == 200
+        text = self.metrics()
         series = re.findall(rf"^{re.escape(name)}{{([^}}]*)}} (\S+)$", text, re.MULTILINE)
         assert series, f"vLLM exports no {name}"
         return sum(float(value) for labels, value in series if label in labels)
+
+    def metrics(self) -> str:
+        """The whole of /metrics."""
+        status, text = _request(self.port, "GET", "/metrics")
+        assert status == 200
+        return text
 
     def wait_until_idle(self, seconds: float = 20) -> None:
         """Until no request is running or waiting; vLLM counts a finished one out shortly after its last token."""

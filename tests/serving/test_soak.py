@@ -27,7 +27,9 @@ def _soak(*arguments: object) -> tuple[int, str]:
 def test_a_minute_of_everything_leaves_the_server_as_it_was(tmp_path: Path) -> None:
     """Tokens, refusals, blocks, memory and log are judged by the soak itself; resets that preempt are not in it."""
     log = tmp_path / "server.log"
-    status, said = _soak("--model", checkpoint_dir(CHECKPOINT), "--requests", 400, "--seconds", 45, "--log", log)
+    status, said = _soak(
+        "--model", checkpoint_dir(CHECKPOINT), "--requests", 400, "--seconds", 45, "--preempt", "--log", log
+    )
     assert status == 0, said
     assert "all well" in said
     assert "tracebacks in the log: 0" in said

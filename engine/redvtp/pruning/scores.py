@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redvtp.clock import Clock
+
 # Bytes that one chunk of attention scores may take; a scoring step must not need more memory than a plain full step.
 CHUNK_BYTES = 8 << 20
 
@@ -20,13 +22,15 @@ class AttentionScores:
 
     rows: [rows] int64, the scored query rows, as offsets into the sequence's own tokens.
     visual: [visual] int64, the visual tokens, as offsets into the sequence's own tokens.
-    heads: attention heads over all tensor-parallel ranks. layers: layers that will be accumulated.
+    heads: attention heads over all tensor-parallel ranks. layers: layers that will be accumulated. clock: counts the
+    time this takes.
     """
 
-    def __init__(self, rows: Tensor, visual: Tensor, heads: int, layers: int) -> None:
+    def __init__(self, rows: Tensor, visual: Tensor, heads: int, layers: int, clock: Clock | None = None) -> None:
         self.rows = rows
         self.visual = visual
         self._weight = 1.0 / (heads * layers)
+        self._clock = clock or Clock(rows.device)
         self._sum = torch.zeros(rows.numel(), visual.numel(), dtype=torch.float32, device=rows.device)
 
     def accumulate(self, query: Tensor, key: Tensor, scale: float) -> None:
@@ -34,6 +38,10 @@ class AttentionScores:
 
         query: [tokens, heads, head_dim]; key: [tokens, kv_heads, head_dim], both of this rank, positions applied.
         """
+        with self._clock.measure("score"):
+            self._accumulate(query, key, scale)
+
+    def _accumulate(self, query: Tensor, key: Tensor, scale: float) -> None:
         queries = query.index_select(0, self.rows).float().transpose(0, 1)  # [heads, rows, head_dim]
         heads, rows, _ = queries.shape
         tokens, kv_heads, _ = key.shape
