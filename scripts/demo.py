@@ -1,7 +1,8 @@
-"""Serves a checkpoint with `vllm serve --plugin redvtp`, asks it about a photo over the OpenAI API, and stops it again.
+"""Serves a model with `vllm serve --plugin redvtp`, asks it about pictures over the OpenAI API, and stops it again.
 
-`scripts/demo.sh` makes the environment and runs this. The default checkpoint is the small one of the test data: its
-weights are random, so its answer means nothing, but all else, from the HTTP request to the freed KV blocks, is real.
+`scripts/demo.sh` makes the environment and runs this. Every question is asked twice, with all visual tokens and with
+the best share of them. The default model is the small one in `examples/tiny_dvlm`, which reads the pictures beside it;
+`--model path/to/LLaDA-V --image photo.jpg --prompt "What is shown?"` asks another one.
 """
 
 from __future__ import annotations
@@ -14,48 +15,138 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+import openai
+from PIL import Image
+
+from redvtp.evaluation.server import data_url
+from redvtp.evaluation.tasks import Task, read_tasks
+from redvtp.heatmap import draw_saved
+from redvtp.models.config import load_config
+from redvtp.vision.images import open_image
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "tests" / "golden" / "ckpt" / "tiny-llada-v"
+MODEL = ROOT / "examples" / "tiny_dvlm"
+QUESTIONS = MODEL / "demo.jsonl"
 PHOTO = ROOT / "examples" / "images" / "coffee.jpg"
+# Pictures smaller than this are drawn larger, for the eye.
+SHOWN_PIXELS = 640
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """text: the answer. report: RedVTP's, from the response."""
+
+    text: str
+    report: dict[str, Any]
 
 
 def main() -> int:
     arguments = parse_arguments()
     for path in (arguments.model, arguments.image):
-        if not path.exists():
+        if path is not None and not path.exists():
             sys.exit(f"demo: there is no {path}")
+    try:
+        questions = asked_questions(arguments)
+    except ValueError as error:
+        sys.exit(f"demo: {error}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     log = arguments.output / "server.log"
-    heatmap = arguments.output / "heatmap.png"
     port = arguments.port or free_port()
+    # A proxy in the environment has no business between two processes of this machine.
+    os.environ["NO_PROXY"] = "127.0.0.1"
     with server(arguments.model, port, log) as process:
         wait_until_healthy(process, port, log, arguments.timeout)
-        print(f"asking about {shown(arguments.image)}: {arguments.prompt}")
-        client = [sys.executable, str(ROOT / "examples" / "chat_with_image.py"), str(arguments.image)]
-        client += ["--base-url", f"http://127.0.0.1:{port}/v1", "--prompt", arguments.prompt]
-        client += ["--keep-ratio", str(arguments.keep_ratio), "--heatmap", shown(heatmap)]
-        # A proxy in the environment has no business between two processes of this machine.
-        status = subprocess.run(client, check=False, env=os.environ | {"NO_PROXY": "127.0.0.1"}).returncode
-    if status:
-        sys.exit(f"demo: the request failed; the server's log is {shown(log)}")
-    if arguments.model == MODEL:
-        print("(this checkpoint has random weights: the words mean nothing, the numbers are real)")
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=1800, max_retries=0)
+        try:
+            ask_all(client, questions, arguments)
+        except openai.OpenAIError as error:
+            sys.exit(f"demo: the request failed: {error}; the server's log is {shown(log)}")
     return 0
+
+
+def asked_questions(arguments: argparse.Namespace) -> Sequence[Task]:
+    """The user's own question, or those that come with the default model."""
+    if arguments.image is None and arguments.prompt is None and arguments.model == MODEL:
+        return read_tasks(QUESTIONS).tasks
+    prompt = arguments.prompt or "What is shown?"
+    return [Task(1, "1", "demo", None, prompt, (), (arguments.image or PHOTO,), arguments.gen_length)]
+
+
+def ask_all(client: openai.OpenAI, questions: Sequence[Task], arguments: argparse.Namespace) -> None:
+    model = client.models.list().data[0].id
+    config = load_config(arguments.model)
+    keep = arguments.keep_ratio
+    right = {"dense": 0, "pruned": 0}
+    freed = []
+    for image, tasks in groupby(questions, key=lambda task: task.images[0]):
+        with Image.open(image) as picture:
+            print(f"\n{shown(image)} ({picture.width} x {picture.height})")
+        for number, task in enumerate(tasks, 1):
+            dense = ask(client, model, task, {"redvtp_pruning": "none"})
+            pruned = ask(client, model, task, {"redvtp_keep_ratio": keep, "redvtp_report": "full"})
+            report = pruned.report
+            print(f"  {task.question}")
+            print_answer("all visual tokens", dense, task)
+            print_answer(f"best {keep:.0%} of them", pruned, task)
+            print(
+                f"    visual tokens {report['visual_tokens']} -> {report['visual_tokens_kept']}, KV blocks "
+                f"{report['kv_blocks_admitted']} -> {report['kv_blocks_admitted'] - report['blocks_freed']}"
+            )
+            right["dense"] += dense.text in task.answers
+            right["pruned"] += pruned.text in task.answers
+            freed.append(report["blocks_freed"] / report["kv_blocks_admitted"])
+            if report["prunings"]:
+                heatmap = arguments.output / f"{image.stem}-{number}.png"
+                enlarged(draw_saved([open_image(image)], config, report)).save(heatmap)
+                print(f"    what it looked at: {shown(heatmap)}")
+    print(f"\n{sum(freed) / len(freed):.0%} of the KV blocks went back to vLLM after the first denoising step.")
+    if all(task.answers for task in questions):
+        print(f"Right answers: {right['dense']} of {len(questions)} dense, {right['pruned']} with {keep:.0%} kept.")
+    print("In the heat maps grey is what was dropped; from blue to red, what is left was looked at more.")
+
+
+def ask(client: openai.OpenAI, model: str, task: Task, knobs: dict[str, Any]) -> Reply:
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": data_url(path)}} for path in task.images]
+    response = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": [*content, {"type": "text", "text": task.question}]}],
+        max_tokens=task.gen_length,
+        temperature=0,
+        extra_body={"vllm_xargs": knobs},
+    )
+    fields = response.model_extra or {}
+    return Reply(response.choices[0].message.content or "", fields["kv_transfer_params"]["redvtp"])
+
+
+def print_answer(how: str, reply: Reply, task: Task) -> None:
+    mark = "" if not task.answers or reply.text in task.answers else f"   (wrong: it is {task.answers[0]})"
+    first, *more = textwrap.wrap(f"{reply.text}{mark}", 90) or [""]
+    print(f"    {how:18} {first}")
+    for line in more:
+        print(f"    {'':18} {line}")
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    factor = max(1, SHOWN_PIXELS // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", type=Path, default=MODEL, help="LLaDA-V folder (default: the tests' tiny checkpoint)"
-    )
-    parser.add_argument("--image", type=Path, default=PHOTO, help="default: examples/images/coffee.jpg")
-    parser.add_argument("--prompt", default="What stands on the table?", help="default: %(default)s")
+    parser.add_argument("--model", type=Path, default=MODEL, help="model folder (default: examples/tiny_dvlm)")
+    parser.add_argument("--image", type=Path, help="ask about this picture instead of those of the default model")
+    parser.add_argument("--prompt", help="the question about --image (default: What is shown?)")
+    parser.add_argument("--gen-length", type=int, default=32, help="canvas of that answer (default: %(default)s)")
     parser.add_argument("--keep-ratio", type=float, default=0.25, help="visual tokens kept (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="for the log and the heat map")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="for the log and the heat maps")
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument(
         "--timeout", type=float, default=300, help="seconds to wait for the server (default: %(default)s)"

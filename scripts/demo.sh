@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment if needed, serves a small LLaDA-V checkpoint with vLLM and asks it about a photo. Options: --help.
+# Makes the environment if needed, serves a model with vLLM and asks it about pictures. Options: --help.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 "$root/scripts/setup.sh"

@@ -71,7 +71,7 @@ class DenoisingTally:
         """A request is gone, however it ended. One that took no step was never looked at."""
         if state.steps:
             self._counts["visual_tokens_seen"] += state.visual_tokens
-            self._counts["visual_tokens_kept"] += state.visual_kept
+            self._counts["visual_tokens_kept"] += len(state.kept)
 
     def take(self) -> dict[str, float] | None:
         """The counts since the last call, for `SchedulerStats.kv_connector_stats`."""
