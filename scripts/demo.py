@@ -123,7 +123,8 @@ def ask(client: openai.OpenAI, model: str, task: Task, knobs: dict[str, Any]) ->
         extra_body={"vllm_xargs": knobs},
     )
     fields = response.model_extra or {}
-    return Reply(response.choices[0].message.content or "", fields["kv_transfer_params"]["redvtp"])
+    # The answer's first word may come with the space that stands before it in a sentence.
+    return Reply((response.choices[0].message.content or "").strip(), fields["kv_transfer_params"]["redvtp"])
 
 
 def print_answer(how: str, reply: Reply, task: Task) -> None:

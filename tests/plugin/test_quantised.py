@@ -21,7 +21,8 @@ Quantised = Callable[[str, Scheme], LLM]
 SCHEMES = [Scheme(dynamic=True), Scheme(dynamic=False)]
 
 
-@pytest.fixture(scope="module")
+# For the session: an engine that goes takes the parallel groups of all others in this process with it.
+@pytest.fixture(scope="session")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Quantised:
     made: dict[tuple[str, Scheme], LLM] = {}
 
