@@ -178,8 +178,7 @@ class DenoisingRunner:
                 # A committed row is decided even if the model proposed the mask id for it.
                 after = before.index_fill(0, committed, False)
             still_masked.append(after[before])
-        with self.clock.measure("score"):
-            importances = self._importances(packed.segments, still_masked)
+        importances = self._importances(packed.segments, still_masked)
         prunings: dict[int, PruningReport] = {}
         moves: list[CompactionPlan] = []
         for index, sequence in enumerate(batch):
@@ -280,21 +279,26 @@ class DenoisingRunner:
 
     def _importances(self, segments: list[Segment], still_masked: list[Tensor]) -> dict[int, Tensor]:
         """[visual] float32 on the CPU, for each segment that was scored and has something left to decide."""
-        scored = {
-            index: segment.scores.by_row()
+        found = {
+            index: segment.scores
             for index, (segment, masked) in enumerate(zip(segments, still_masked, strict=True))
             if segment.scores is not None and bool(masked.any())
         }
-        if not scored:
+        if not found:
             return {}
+        with self.clock.measure("score"):
+            return self._mean_over_masked(found, still_masked)
+
+    def _mean_over_masked(self, found: dict[int, AttentionScores], still_masked: list[Tensor]) -> dict[int, Tensor]:
+        scored = {index: scores.by_row() for index, scores in found.items()}
         if self._reduce_scores is not None:
             # Once for all of them.
             summed = self._reduce_scores(torch.cat([rows.flatten() for rows in scored.values()]))
             parts = summed.split([rows.numel() for rows in scored.values()])
             scored = {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
-        found = [masked_row_importance(rows, still_masked[index].to(rows.device)) for index, rows in scored.items()]
-        agreed = self._agree(torch.cat(found)).cpu()
-        return dict(zip(scored, agreed.split([part.numel() for part in found]), strict=True))
+        means = [masked_row_importance(rows, still_masked[index].to(rows.device)) for index, rows in scored.items()]
+        agreed = self._agree(torch.cat(means)).cpu()
+        return dict(zip(scored, agreed.split([part.numel() for part in means]), strict=True))
 
     def _prune(
         self, sequence: Sequence, importance: Tensor | None, step: int, moves: list[CompactionPlan]
