@@ -27,6 +27,7 @@ import openai
 HOST = "127.0.0.1"
 START_SECONDS = 900
 ANSWER_SECONDS = 3600
+SAMPLE_SECONDS = 0.1
 GAUGES = {
     "running": "vllm:num_requests_running",
     "waiting": "vllm:num_requests_waiting",
@@ -173,7 +174,7 @@ async def _sampling(http: httpx.AsyncClient, url: str, load: Load, began: float)
             load.samples.append(
                 (time.perf_counter() - began, {name: metrics[metric] for name, metric in GAUGES.items()})
             )
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(SAMPLE_SECONDS)
 
     task = asyncio.create_task(sample())
     try:
