@@ -115,28 +115,42 @@ async def check_hostile(client: httpx.AsyncClient, request: Sent, findings: Find
     findings.count(request.kind, None if refused else said)
 
 
-async def leave_early(client: httpx.AsyncClient, request: Sent, random: Random, findings: Findings) -> None:
-    """Sends a long request and hangs up, before or in the middle of the answer."""
-    with contextlib.suppress(TimeoutError, httpx.HTTPError, ValueError):
-        await asyncio.wait_for(answer(client, request), random.choice([0.01, 0.1, 0.5, 2]) * random.random())
+async def leave_early(url: str, request: Sent, random: Random, findings: Findings) -> None:
+    """Sends a long request and hangs up, before or in the middle of the answer.
+
+    On a connection of its own: a pool counts those that were cancelled as still in use.
+    """
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, trust_env=False) as client:
+        with contextlib.suppress(TimeoutError, httpx.HTTPError, ValueError):
+            await asyncio.wait_for(answer(client, request), random.choice([0.01, 0.1, 0.5, 2]) * random.random())
     findings.count(request.kind, None)
 
 
-async def operate(client: httpx.AsyncClient, random: Random, operations: list[str], findings: Findings) -> None:
+async def operate(url: str, random: Random, operations: list[str], findings: Findings) -> None:
     """Pauses, resumes and resets for as long as the others send. Ends with a server that is not paused."""
+    # Connections are not shared: whoever resumes must not queue behind those that wait for it.
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, trust_env=False) as client:
+        try:
+            while True:
+                operation = random.choice(operations)
+                await _order(client, operation, findings)
+                if operation.startswith("/pause"):
+                    await asyncio.sleep(random.uniform(0, 0.5))
+                    await _order(client, "/resume", findings)
+                await asyncio.sleep(random.uniform(0.5, 3))
+        finally:
+            await asyncio.shield(_order(client, "/resume", findings))
+
+
+async def _order(client: httpx.AsyncClient, operation: str, findings: Findings) -> None:
+    findings.operations[operation] += 1
     try:
-        while True:
-            operation = random.choice(operations)
-            response = await client.post(operation)
-            findings.operations[operation] += 1
-            if response.status_code != 200:
-                findings.fail(f"{operation}: HTTP {response.status_code} {response.text[:200]}")
-            if operation.startswith("/pause"):
-                await asyncio.sleep(random.uniform(0, 0.5))
-                await client.post("/resume")
-            await asyncio.sleep(random.uniform(0.5, 3))
-    finally:
-        await asyncio.shield(client.post("/resume"))
+        response = await client.post(operation, headers={"Connection": "close"})
+    except httpx.HTTPError as error:
+        findings.fail(f"{operation}: {type(error).__name__}: {error}")
+        return
+    if response.status_code != 200:
+        findings.fail(f"{operation}: HTTP {response.status_code} {response.text[:200]}")
 
 
 async def soak(server: Server, options: argparse.Namespace, findings: Findings) -> None:
@@ -167,7 +181,7 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
                 elif way == "hostile":
                     await check_hostile(client, hostile_request(model, own), findings)
                 else:
-                    await leave_early(client, long_request(model, own), own, findings)
+                    await leave_early(server.url, long_request(model, own), own, findings)
                 bar.update()
                 bar.set_postfix(wrong=findings.wrong["all"])
 
@@ -182,7 +196,7 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
         operations = OPERATIONS + (PREEMPTING if options.preempt else [])
         beside = [asyncio.create_task(watch())]
         if not options.no_operator:
-            beside.append(asyncio.create_task(operate(client, random, operations, findings)))
+            beside.append(asyncio.create_task(operate(server.url, random, operations, findings)))
         sending = asyncio.gather(*(send() for _ in range(options.concurrency)))
         try:
             # A server that is gone must not be waited for.
