@@ -225,7 +225,7 @@ def test_logits_of_the_first_step_after_a_pruning(run: Run, engine: EngineFactor
     torch.testing.assert_close(logits, expected, atol=LOGITS_TOLERANCE_FROM_IMAGE, rtol=0)
 
 
-RUNS = [run for run in golden_data.runs() if not run.uses_threshold and "noschedule" not in run.name]
+RUNS = [run for run in golden_data.runs() if "noschedule" not in run.name]
 
 
 def _reference_steps(run: Run) -> torch.Tensor:
