@@ -14,7 +14,7 @@ from serving.chat import Answer, ask, golden_run, message, message_of, options_o
 pytestmark = pytest.mark.serving
 
 BLOCK = 32
-# Shapes of images, presets, caches, stops, steps by confidence, several canvas blocks; tests/plugin/test_golden.py runs them all.
+# Images of many shapes, presets, caches, stops, steps by confidence; tests/plugin/test_golden.py runs all there are.
 RUNS = [
     golden_run("square", "plain_g32_b32_s16"),
     golden_run("tall", "plain_g64_b16_s20"),
