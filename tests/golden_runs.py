@@ -13,6 +13,7 @@ from redvtp.params import DenoisingParams, PruningParams
 
 _LLADA_V_KEYS = {
     "gen_length", "block_length", "steps", "stopping_criteria", "generation_suffix", "prefix_refresh_interval",
+    "threshold",
 }  # fmt: skip
 _LAVIDA_KEYS = {
     "max_new_tokens", "block_length", "steps", "step_ratio", "step_per_block", "prefix_lm", "schedule",
@@ -62,6 +63,8 @@ def _llada_v(run: Run) -> dict[str, Any]:
     values = {name: params[name] for name in ("gen_length", "block_length", "steps")}
     if "generation_suffix" in params:
         values["suffix"] = params["generation_suffix"]
+    if run.uses_threshold:
+        values["threshold"] = params["threshold"]
     if "prefix_refresh_interval" in params:
         values |= {"cache": "prefix", "refresh_interval": params["prefix_refresh_interval"]}
     return values

@@ -19,7 +19,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from redvtp.params import DenoisingParams, PruningParams, shown
+from redvtp.params import BOUNDED_REMASKINGS, DenoisingParams, PruningParams, shown
 from redvtp.vision.encoder import DEFAULT_CACHE_BYTES
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ DEFAULT_REPORT = "summary"
 # vLLM has its own names for these. gen_length is both: max_tokens, and a knob for who wants to be exact.
 _FROM_SAMPLING = {"temperature", "seed", "stop", "ignore_eos"}
 _DENOISING = {field.name for field in fields(DenoisingParams)} - _FROM_SAMPLING
+_CONFIDENCE_RULES = {"threshold", "min_confidence"}
+# A request with one of these says itself how many tokens a step decides.
+_DECIDING = _CONFIDENCE_RULES | {"steps", "schedule"}
 # `preset` alone would not say of what.
 _PRUNING = {"pruning" if field.name == "preset" else field.name: field.name for field in fields(PruningParams)}
 KNOBS = tuple(sorted(_DENOISING | set(_PRUNING) | {"report"}))
@@ -124,6 +127,9 @@ def build_params(
     # A server default is a wish for canvases of the usual size; a shorter one takes what fits of it. A client's own
     # value never bends.
     bending = {name: values.pop(name) for name in ("block_length", "steps") if name in defaults and name not in knobs}
+    if not _DECIDING.isdisjoint(knobs) or knobs.get("remasking", BOUNDED_REMASKINGS[0]) not in BOUNDED_REMASKINGS:
+        # The request has a rule of its own, or none that a confidence could follow.
+        values = {name: value for name, value in values.items() if name in knobs or name not in _CONFIDENCE_RULES}
     denoising = DenoisingParams(
         **values,
         temperature=sampling.temperature,

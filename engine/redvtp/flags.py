@@ -18,8 +18,6 @@ from PIL import Image
 from redvtp.params import CACHES, POSITIONS, PRESETS, REMASKINGS, SCHEDULES, DenoisingParams, PruningParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# In the command's interface, but not written yet. Refused by name, so that nobody wonders whether it took effect.
-NOT_YET = ("threshold",)
 
 
 class BadInput(Exception):
@@ -77,9 +75,6 @@ def params_of(options: argparse.Namespace) -> tuple[DenoisingParams, PruningPara
 
 def denoising_of(options: argparse.Namespace, **instead: object) -> DenoisingParams:
     """The denoising flags alone; `instead` overrides some of them. Raises as `params_of` does."""
-    for name in NOT_YET:
-        if getattr(options, name) is not None:
-            raise BadInput(f"--{name.replace('_', '-')} is not supported yet; leave it out")
     given = vars(options) | {"stop": tuple(options.stop)} | instead
     return DenoisingParams(**{field.name: given[field.name] for field in fields(DenoisingParams)})
 
@@ -187,6 +182,10 @@ def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False) -> 
     knob("seed", "S", "makes temperature and random remasking repeatable")
     remasking = f"which tokens a step decides: {', '.join(REMASKINGS)} (default %(default)s)"
     add("--remasking", default=usual["remasking"], metavar="NAME", help=remasking)
+    sure = "a step decides all it is sure enough of, in place of --steps and --schedule: "
+    factor = f"{sure}Fast-dLLM's rule with factor F, usually 1 or a little less; larger is faster and rougher"
+    add("--threshold", type=number, metavar="F", help=factor)
+    add("--min-confidence", type=number, metavar="P", help=f"{sure}all proposals of at least this confidence")
     stop = "strings that end the answer; they are not part of it"
     add("--stop", nargs="+", action="extend", default=[], metavar="STR", help=stop)
     add("--ignore-eos", action="store_true", help="go on after the model's end tokens")
@@ -205,8 +204,6 @@ def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False) -> 
         "--cache", default=usual["cache"], metavar="LIST" if for_many else "NAME", help=f"{cache} (default %(default)s)"
     )
     knob("refresh-interval", "N", "with --cache prefix, recompute everything every N steps")
-    for name in NOT_YET:
-        add(f"--{name.replace('_', '-')}", dest=name, help=argparse.SUPPRESS)
 
 
 def _pruning_flags(parser: argparse.ArgumentParser) -> None:

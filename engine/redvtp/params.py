@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 CACHES = ("none", "prefix", "prefix_lm")
 REMASKINGS = ("low_confidence", "entropy", "margin", "random")
+# Those whose confidence is a number in [0, 1] that says how sure the model is.
+BOUNDED_REMASKINGS = ("low_confidence", "margin")
 SCHEDULES = ("even", "linear", "shift", "cosine", "logit_normal", "dream")
 PRESETS = ("redvtp", "random", "uniform", "none")
 POSITIONS = ("compact", "original")
@@ -24,6 +26,8 @@ MAX_GEN_LENGTH = 1 << 16
 MAX_TEXT_LENGTH = 1 << 16
 # Beyond these a schedule is a single jump, and float32 no longer knows the curve.
 SCHEDULE_SHIFTS = (0.001, 1000)
+# Up to 1 the factor rule has its theory; at this one it asks for nothing within any usual canvas block.
+MAX_THRESHOLD = 1000
 _SHOWN_LENGTH = 120
 
 
@@ -63,13 +67,13 @@ def _text(name: str, value: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DenoisingParams:
-    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; `prefix`: the Fast-dLLM prefix cache, arXiv
+    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; `prefix` and `threshold`: Fast-dLLM, arXiv
     2505.22618; schedules, confidences and `prefix_lm`: LaViDa, arXiv 2505.16839).
 
     gen_length: canvas length in tokens.
     block_length: canvas positions decoded together; None is min(32, gen_length). The last canvas block may be shorter.
     steps: denoising steps in all, spread evenly over the canvas blocks; None is half of gen_length, at least one a
-    block.
+    block. Without effect where `threshold` or `min_confidence` is set.
     temperature: of the Gumbel noise on the logits; 0 is greedy.
     seed: of that noise and of `random` remasking; None draws a new one for each request.
     schedule: how a block's tokens spread over its steps: `even`, one of LaViDa's curves (`linear`, `shift`, `cosine`,
@@ -77,6 +81,12 @@ class DenoisingParams:
     schedule_shift: of `shift`; above 1 most tokens are decided late, below 1 early.
     remasking: which candidates a step commits: those with the highest probability (`low_confidence`), the lowest
     `entropy`, the largest `margin` between the two best tokens, or `random` ones.
+    threshold: the factor f of Fast-dLLM's parallel decoding: each step commits its most confident proposal, and the
+    n-th most confident (n = 2, 3, ...) as long as all before it passed and its confidence is at least 1 - f / (n + 1).
+    Larger is faster and rougher. It takes the place of `steps` and `schedule`; a step for each token is the most it
+    takes. Needs remasking `low_confidence` or `margin`; excludes `min_confidence`.
+    min_confidence: the plain rule of other engines instead: each step commits all proposals of at least this
+    confidence, and always the most confident one. All else as for `threshold`.
     stop: strings that end the answer wherever they appear on the canvas; not part of it.
     suffix: text after the canvas, seen by every step and never overwritten. The embedded engine returns it after the
     answer, a server does not repeat it.
@@ -98,6 +108,8 @@ class DenoisingParams:
     schedule: str = "even"
     schedule_shift: float = 3.0
     remasking: str = "low_confidence"
+    threshold: float | None = None
+    min_confidence: float | None = None
     stop: tuple[str, ...] = ()
     suffix: str = ""
     draft: str = ""
@@ -125,6 +137,7 @@ class DenoisingParams:
         if not _is_number(self.schedule_shift) or not low <= self.schedule_shift <= high:
             raise ValueError(f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}")
         _one_of("remasking", self.remasking, REMASKINGS)
+        self._check_confidence_rule()
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop must be non-empty strings, got {shown(self.stop)}")
         for stop in self.stop:
@@ -140,6 +153,26 @@ class DenoisingParams:
         _one_of("cache", self.cache, CACHES)
         _integer("refresh_interval", self.refresh_interval, 1)
 
+    def _check_confidence_rule(self) -> None:
+        rule, least = self.threshold, self.min_confidence
+        if rule is not None and (not _is_number(rule) or not 0 < rule <= MAX_THRESHOLD):
+            raise ValueError(f"threshold must be a number in (0, {MAX_THRESHOLD}], got {shown(rule)}")
+        if least is not None and (not _is_number(least) or not 0 <= least <= 1):
+            raise ValueError(f"min_confidence must be a number in [0, 1], got {shown(least)}")
+        if rule is not None and least is not None:
+            raise ValueError(
+                f"threshold and min_confidence exclude each other, got {rule} and {least}; leave one of them out"
+            )
+        if self.by_confidence and self.remasking not in BOUNDED_REMASKINGS:
+            name = "threshold" if least is None else "min_confidence"
+            allowed = " or ".join(BOUNDED_REMASKINGS)
+            raise ValueError(f"{name} needs remasking {allowed} (confidences in [0, 1]), got {self.remasking}")
+
+    @property
+    def by_confidence(self) -> bool:
+        """Whether a step commits whatever it is sure enough of, so that nobody knows beforehand how many there are."""
+        return self.threshold is not None or self.min_confidence is not None
+
     @property
     def resolved_block_length(self) -> int:
         return self.block_length if self.block_length is not None else min(DEFAULT_BLOCK_LENGTH, self.gen_length)
@@ -150,6 +183,9 @@ class DenoisingParams:
 
     @property
     def resolved_steps(self) -> int:
+        """Steps in all; the most there can be where confidence decides."""
+        if self.by_confidence:
+            return self.gen_length
         return self.steps if self.steps is not None else max(self.num_blocks, self.gen_length // 2)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from redvtp.attention.batch import Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.clock import Clock
-from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppress
+from redvtp.denoising.remasking import Choice, keep_best, propose, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of_all
 from redvtp.kv.cache import PagedKVCache
 from redvtp.kv.compaction import CompactionPlan, compact, joined, plan_compaction
@@ -259,7 +259,7 @@ class DenoisingRunner:
         return keep_best(logits, config.family.top_k)
 
     def _commit(self, batch: list[Sequence], packed: PackedStep) -> list[Tensor]:
-        """Propose for every candidate of the batch at once, commit the best of each sequence; the committed canvas
+        """Propose for every candidate of the batch at once, commit what each sequence chooses; the committed canvas
         rows."""
         candidates = [
             sequence.canvas.masked_rows(plan.start) for sequence, plan in zip(batch, packed.plans, strict=True)
@@ -271,8 +271,9 @@ class DenoisingRunner:
         proposals = propose(logits, self.special.vocab, choices, counts)
         committed: list[Tensor] = []
         decided = [self._agree(part).split(counts) for part in (proposals.tokens, proposals.confidence)]
-        for sequence, masked, tokens, confidence in zip(batch, candidates, *decided, strict=True):
-            chosen = select(confidence, sequence.canvas.tokens_to_commit())
+        of_each = zip(batch, packed.plans, candidates, *decided, strict=True)
+        for sequence, plan, masked, tokens, confidence in of_each:
+            chosen = sequence.canvas.choose(tokens, confidence, plan.start)
             sequence.canvas.commit(masked[chosen], tokens[chosen])
             committed.append(masked[chosen])
         return committed

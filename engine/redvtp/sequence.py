@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from redvtp.denoising.acceptance import acceptance_of
 from redvtp.denoising.canvas import Canvas
 from redvtp.denoising.schedule import schedule_of
 from redvtp.kv.rewriting import PageOrigin
@@ -124,6 +125,7 @@ class Sequence:
             stop_ids + tuple((token,) for token in self._end_tokens),
             schedule_of(denoising.schedule, denoising.schedule_shift),
             draft_ids,
+            acceptance_of(denoising),
         )
         self.generator = torch.Generator()
         if denoising.seed is None:

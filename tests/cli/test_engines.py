@@ -35,7 +35,10 @@ def _golden(kind: str, has: str = "gen_length", case: str = "") -> Run:
     return next(
         run
         for run in runs(kind, checkpoints=("tiny-llada-v",))
-        if run.robust and has in run.params and not run.uses_threshold and not run.case.config_overrides
+        if run.robust
+        and has in run.params
+        and run.uses_threshold == (has == "threshold")
+        and not run.case.config_overrides
         if run.case.name == case or not case
         if has == "gen_length" or run.output
     )
@@ -44,6 +47,7 @@ def _golden(kind: str, has: str = "gen_length", case: str = "") -> Run:
 GOLDEN = {
     "redvtp": _golden("redvtp"),
     "prefix_cache": _golden("fast", "prefix_refresh_interval"),
+    "threshold": _golden("fast", "threshold"),
     "suffix": _golden("plain", "generation_suffix"),
     "stop": _golden("plain", "stopping_criteria"),
     "text_only": _golden("plain", case="text_only"),
@@ -58,6 +62,8 @@ def _flags(run: Run) -> list[str]:
         flags += ["--image", *run.case.image_files]
     if "prefix_refresh_interval" in params:
         flags += ["--cache", "prefix", "--refresh-interval", params["prefix_refresh_interval"]]
+    if run.uses_threshold:
+        flags += ["--threshold", params["threshold"]]
     if "generation_suffix" in params:
         flags += ["--suffix", params["generation_suffix"]]
     if params.get("stopping_criteria"):

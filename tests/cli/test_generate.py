@@ -189,7 +189,9 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--cache", "dual"], "cache must be one of none, prefix, prefix_lm, got 'dual'"),
         (["--pruning", "late"], "pruning must be one of"),
         (["--schedule", "steep"], "schedule must be one of even, linear, shift, cosine, logit_normal, dream"),
-        (["--threshold", "0.9"], "--threshold is not supported yet; leave it out"),
+        (["--threshold", "0"], "threshold must be a number in (0, 1000], got 0.0"),
+        (["--min-confidence", "2"], "min_confidence must be a number in [0, 1], got 2.0"),
+        (["--threshold", "1", "--min-confidence", "0.9"], "threshold and min_confidence exclude each other"),
         (["--schedule-shift", "-3"], "schedule_shift must be a number in [0.001, 1000], got -3.0"),
         (["--engine", "tgi"], "--engine must be one of local, vllm, got 'tgi'"),
         (["--max-model-len", "0"], "--max-model-len must be an integer >= 1, got 0"),
@@ -325,4 +327,4 @@ def test_help_names_every_flag_that_works(capsys: pytest.CaptureFixture[str]) ->
     assert status == 0
     for flag in ("--image", "--prompt", "--gen-length", "--keep-ratio", "--cache", "--trace", "--heatmap", "--json"):
         assert flag in out
-    assert "--threshold" not in out
+    assert "--threshold" in out

@@ -26,6 +26,21 @@ BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"schedule_shift": 10**400}, "schedule_shift must be"),
     ({"schedule_shift": True}, "schedule_shift must be"),
     ({"remasking": "best"}, "remasking must be one of low_confidence, entropy, margin, random, got 'best'"),
+    ({"threshold": 0}, r"threshold must be a number in \(0, 1000\], got 0"),
+    ({"threshold": -1.0}, "threshold must be"),
+    ({"threshold": float("nan")}, "threshold must be"),
+    ({"threshold": 10**400}, "threshold must be"),
+    ({"threshold": True}, "threshold must be"),
+    ({"threshold": "0.9"}, r"threshold must be a number in \(0, 1000\], got '0.9'"),
+    ({"min_confidence": 1.1}, r"min_confidence must be a number in \[0, 1\], got 1.1"),
+    ({"min_confidence": -0.1}, "min_confidence must be"),
+    ({"min_confidence": [0.5]}, "min_confidence must be"),
+    (
+        {"threshold": 1, "min_confidence": 0.9},
+        "threshold and min_confidence exclude each other, got 1 and 0.9; leave one of them out",
+    ),
+    ({"threshold": 1, "remasking": "entropy"}, "threshold needs remasking low_confidence or margin .*, got entropy"),
+    ({"min_confidence": 0, "remasking": "random"}, "min_confidence needs remasking .*, got random"),
     ({"stop": ("",)}, "stop must be non-empty strings"),
     ({"stop": "eot"}, "stop must be non-empty strings"),
     ({"stop": ("\ud800",)}, r"stop must be valid Unicode, got '\\ud800'"),
@@ -77,3 +92,8 @@ def test_refused_value_is_not_echoed_at_length() -> None:
 def test_defaults_scale_with_the_canvas(gen: int, block: int, steps: int) -> None:
     params = DenoisingParams(gen_length=gen)
     assert (params.resolved_block_length, params.resolved_steps) == (block, steps)
+
+
+@pytest.mark.parametrize("rule", [{"threshold": 0.9}, {"min_confidence": 0.9, "steps": 8}])
+def test_steps_by_confidence_are_as_many_as_there_can_be(rule: dict[str, Any]) -> None:
+    assert DenoisingParams(gen_length=40, **rule).resolved_steps == 40

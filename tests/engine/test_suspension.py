@@ -27,6 +27,12 @@ MODES = {
     "prefix-sampled": DenoisingParams(
         gen_length=20, block_length=10, steps=10, cache="prefix", temperature=0.9, seed=3, suffix=" yes"
     ),
+    "prefix-threshold": DenoisingParams(
+        gen_length=20, block_length=8, cache="prefix", refresh_interval=5, threshold=1.5, ignore_eos=True
+    ),
+    "prefix_lm-min-confidence": DenoisingParams(
+        gen_length=20, block_length=8, cache="prefix_lm", min_confidence=0.5, temperature=0.5, seed=6, ignore_eos=True
+    ),
     "prefix_lm-random": DenoisingParams(gen_length=20, steps=10, cache="prefix_lm", remasking="random", seed=4),
 }
 PRUNINGS = {
@@ -87,7 +93,7 @@ def test_suspended_before_every_step(any_local: LocalEngine, mode: str, pruning:
     assert [report.canvas for report in reports] == expected
 
 
-@pytest.mark.parametrize("mode", ["prefix", "prefix-refreshed", "prefix_lm"])
+@pytest.mark.parametrize("mode", ["prefix", "prefix-refreshed", "prefix-threshold", "prefix_lm"])
 def test_suspended_once_before_any_step(local: LocalEngine, mode: str) -> None:
     whole = _run(local, _sequence(local, MODES[mode], PRUNED), set())
     for step in range(len(whole)):

@@ -12,6 +12,7 @@ import torch
 
 from eval.task_files import CHECKPOINT, FLAGS, MODEL, in_process, tasks, write
 from golden_data import Case, Run, runs
+from redvtp.evaluation.backends import request_of
 from redvtp.evaluation.consistency import compare, top_overlap
 from redvtp.evaluation.grid import Cell, Question, Settings, questions
 from redvtp.evaluation.tasks import read_tasks
@@ -124,6 +125,19 @@ def test_a_batch_is_compared_as_each_request_alone(engine: EngineFactory, tmp_pa
         alone |= told([question])
     assert together == alone
     assert local.runner.observe is None
+
+
+def test_progress_by_confidence_is_of_the_steps_that_were_taken(engine: EngineFactory, tmp_path: Path) -> None:
+    local = engine(CHECKPOINT)
+    file = read_tasks(write(tmp_path / "questions.jsonl", tasks(local, lengths=(16,))))
+    rough = DenoisingParams(ignore_eos=True, threshold=2.5)
+    for question in questions(file.tasks, Cell("none", 1.0, "none"), Settings(rough)):
+        ((_, found),) = compare(local, [question])
+        (generation,) = local.generate([request_of(question, local)])
+        taken = len(generation.steps)
+        assert taken < 16
+        assert not isinstance(found, str)
+        assert [part.progress for part in found] == [step / taken for step in range(1, taken - 1)]
 
 
 @pytest.mark.slow

@@ -167,6 +167,8 @@ def test_without_matplotlib_only_the_plots_are_missing(
         (["--steps", "1", "--block-length", "1"], "steps was null, is 1"),
         (["--concurrency", "5"], "concurrency was 4, is 5"),
         (["--seed", "3"], "seed was 0, is 3"),
+        (["--threshold", "0.9"], "threshold was null, is 0.9"),
+        (["--min-confidence", "1"], "min_confidence was null, is 1.0"),
         (["--positions", "original"], 'positions was "compact", is "original"'),
         (["--dtype", "bfloat16"], 'dtype was "float32", is "bfloat16"'),
     ],

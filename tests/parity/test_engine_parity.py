@@ -225,7 +225,7 @@ def test_logits_of_the_first_step_after_a_pruning(run: Run, engine: EngineFactor
     torch.testing.assert_close(logits, expected, atol=LOGITS_TOLERANCE_FROM_IMAGE, rtol=0)
 
 
-RUNS = [run for run in golden_data.runs() if not run.uses_threshold and "noschedule" not in run.name]
+RUNS = [run for run in golden_data.runs() if "noschedule" not in run.name]
 
 
 def _reference_steps(run: Run) -> torch.Tensor:
@@ -328,6 +328,8 @@ def test_the_golden_data_covers_every_mode() -> None:
     assert {run.kind for run in RUNS} == {"plain", "redvtp", "fast"}
     asked = [denoising_of(run) for run in RUNS]
     assert {params.cache for params in asked} == set(CACHES)
+    assert Counter(params.threshold for params in asked)[0.9] >= 10
+    assert Counter(params.threshold for params in asked)[1] >= 15
     assert {params.schedule for params in asked} == {"even", "shift", "cosine", "dream"}
     assert {params.schedule_shift for params in asked} == {3.0, 0.33}
     assert {params.remasking for params in asked} == {"low_confidence", "entropy", "margin"}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-from vllm import LLM
+from vllm import LLM, RequestOutput
 
 import golden_data
 from golden_data import Run
@@ -15,13 +16,14 @@ RUNS = [
     run
     for run in golden_data.runs()
     # No knob cuts Dream's time steps short; the engine's own tests do.
-    if run.robust and not run.uses_threshold and "noschedule" not in run.name
+    if run.robust and "noschedule" not in run.name
 ]
+CACHED = [run for run in RUNS if run.kind == "fast"]
 
-_ANSWERS: dict[str, list[int]] = {}
+_ANSWERS: dict[str, tuple[RequestOutput, list[int]]] = {}
 
 
-def _answer(run: Run, llm_factory: Callable[..., LLM]) -> list[int]:
+def _answer(run: Run, llm_factory: Callable[..., LLM]) -> tuple[RequestOutput, list[int]]:
     """All runs of an engine go as one batch, so this also mixes sizes, steps and kinds of requests."""
     if str(run) not in _ANSWERS:
         overrides = run.case.config_overrides
@@ -31,12 +33,37 @@ def _answer(run: Run, llm_factory: Callable[..., LLM]) -> list[int]:
             for other in RUNS
             if other.case.checkpoint == run.case.checkpoint and other.case.config_overrides == overrides
         ]
-        outputs = llm.generate([prompt_of(other.case) for other in batch], [sampling_of(other) for other in batch])
+        sampling = [sampling_of(other, redvtp_report="full" if other.kind == "fast" else "summary") for other in batch]
+        outputs = llm.generate([prompt_of(other.case) for other in batch], sampling)
         for other, output in zip(batch, outputs, strict=True):
-            _ANSWERS[str(other)] = answer_of(other, list(output.outputs[0].token_ids), llm.get_tokenizer())
+            token_ids = answer_of(other, list(output.outputs[0].token_ids), llm.get_tokenizer())
+            _ANSWERS[str(other)] = output, token_ids
     return _ANSWERS[str(run)]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_answer_is_the_references(run: Run, llm_factory: Callable[..., LLM]) -> None:
-    assert _answer(run, llm_factory) == run.output
+    assert _answer(run, llm_factory)[1] == run.output
+
+
+@pytest.mark.parametrize("run", CACHED, ids=str)
+def test_every_step_is_the_references(run: Run, llm_factory: Callable[..., LLM]) -> None:
+    """With the prefix cache, by schedule and by confidence: which steps are full, and the canvas after each."""
+    output, _ = _answer(run, llm_factory)
+    assert output.kv_transfer_params is not None
+    report: dict[str, Any] = output.kv_transfer_params["redvtp"]
+    assert report["steps"] == len(run.data["steps"])
+    steps = [(step["canvas_block"], step["kind"] == "full") for step in report["trace"]]
+    assert steps == [(step["block"], step["full"]) for step in run.data["steps"]]
+    # Behind a stop the reference's last step chooses arbitrarily (tests/golden/README.md).
+    answer = len(run.output) if "stopping_criteria" in run.params else run.params["gen_length"]
+    canvases = [step["canvas"][:answer] for step in report["trace"]]
+    assert canvases == run.tensor("x")[:, :answer].tolist()
+
+
+def test_cached_runs_are_of_both_kinds() -> None:
+    by_confidence = [run for run in CACHED if run.uses_threshold]
+    assert len(by_confidence) >= 20
+    assert len(CACHED) - len(by_confidence) >= 20
+    # A step for each token is what the schedule would have given them.
+    assert all(len(run.data["steps"]) < run.params["gen_length"] for run in by_confidence)

@@ -13,6 +13,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from golden_data import Case, runs
 from plugin.requests import free_blocks, prompt_of, sampling_of, scheduler_of, usable_blocks
+from vllm_redvtp.params import build_params
 
 SQUARE = Case("tiny-llada-v", "square")
 HELLO = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
@@ -169,6 +170,29 @@ def test_server_defaults_hold_where_the_client_says_nothing(llm_factory: Callabl
     assert (told["steps"], told["visual_tokens_kept"]) == (4, 44)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "rule"),
+    [
+        ({}, (0.9, None)),
+        ({"cache": "prefix", "remasking": "margin"}, (0.9, None)),
+        ({"threshold": 1.0}, (1.0, None)),
+        ({"threshold": 1.0, "steps": 4}, (1.0, None)),
+        ({"min_confidence": 0.8}, (None, 0.8)),
+        ({"steps": 4}, (None, None)),
+        ({"schedule": "shift"}, (None, None)),
+        ({"remasking": "random"}, (None, None)),
+        ({"threshold": None}, (None, None)),
+    ],
+    ids=str,
+)
+def test_servers_threshold_gives_way_to_what_a_request_says(
+    knobs: dict[str, Any], rule: tuple[float | None, float | None]
+) -> None:
+    sampling = SamplingParams(extra_args={f"redvtp_{name}": value for name, value in knobs.items()})
+    built = build_params(sampling, 16, {"threshold": 0.9, "steps": 8}).denoising
+    assert (built.threshold, built.min_confidence) == rule
+
+
 def test_without_a_temperature_the_answer_is_greedy(llm: LLM) -> None:
     assert llm.get_default_sampling_params().temperature == 0.0
 
@@ -226,8 +250,9 @@ def test_stop_string_the_front_end_does_not_see_still_ends_the_request(llm: LLM)
 
 
 def test_mixed_requests_get_the_tokens_they_get_alone(llm: LLM) -> None:
-    some = {(run.case, run.kind): run for run in runs(checkpoints=("tiny-llada-v",)) if not run.uses_threshold}
+    some = {(run.case, run.kind, run.uses_threshold): run for run in runs(checkpoints=("tiny-llada-v",))}
     chosen = [run for run in some.values() if not run.case.config_overrides][:6]
+    assert any(run.uses_threshold for run in chosen)
     prompts = [prompt_of(run.case) for run in chosen] + [HELLO, prompt_of(SQUARE)]
     sampling = [sampling_of(run) for run in chosen] + [
         SamplingParams(max_tokens=20, temperature=1.0, seed=5, ignore_eos=True),

@@ -26,15 +26,15 @@ def asked(engine: EngineFactory) -> list[dict[str, Any]]:
     return [task for task in made if not task["answer"].endswith(BROKEN_OFF)]
 
 
-def test_eight_clients_get_the_engines_answers_tokens_and_blocks(
-    server: Server, asked: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = write(tmp_path / "questions.jsonl", asked)
-    served, embedded = tmp_path / "served", tmp_path / "embedded"
+def _both(
+    server: Server, file: Path, folder: Path, capsys: pytest.CaptureFixture[str], *flags: str
+) -> dict[Any, dict[str, Any]]:
+    """What the server answered, which must be what the engine alone answers. The server's rows are in `served`."""
+    served, embedded = folder / "served", folder / "embedded"
     url = f"http://{HOST}:{server.port}"
-    status, _, err = in_process(capsys, "eval", url, file, *GRID, "--ignore-eos", "--output", served)
+    status, _, err = in_process(capsys, "eval", url, file, *flags, "--ignore-eos", "--output", served)
     assert status == 0, err
-    status, _, err = in_process(capsys, "eval", MODEL, file, *GRID, *FLAGS, "--output", embedded)
+    status, _, err = in_process(capsys, "eval", MODEL, file, *flags, *FLAGS, "--output", embedded)
     assert status == 0, err
     fields = (
         "text",
@@ -53,10 +53,28 @@ def test_eight_clients_get_the_engines_answers_tokens_and_blocks(
         }
         for folder in (served, embedded)
     )
-    assert len(over_http) == 14 * len(asked)
     assert over_http == alone
-    dense = [row["correct"] for row in rows(served) if (row["policy"], row["cache"]) == ("none", "none")]
+    return over_http
+
+
+def test_eight_clients_get_the_engines_answers_tokens_and_blocks(
+    server: Server, asked: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "questions.jsonl", asked)
+    assert len(_both(server, file, tmp_path, capsys, *GRID)) == 14 * len(asked)
+    dense = [row["correct"] for row in rows(tmp_path / "served") if (row["policy"], row["cache"]) == ("none", "none")]
     assert all(dense)
+
+
+@pytest.mark.parametrize("rule", [("--threshold", "2.5"), ("--min-confidence", "0.4")], ids=lambda rule: rule[0])
+def test_steps_by_confidence_are_the_engines(
+    server: Server, asked: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str], rule: tuple[str]
+) -> None:
+    few = [task for task in asked if task["gen_length"] > 2][:3]
+    file = write(tmp_path / "questions.jsonl", few)
+    answers = _both(server, file, tmp_path, capsys, *rule, "--policies", "none", "--cache", "none,prefix")
+    assert len(answers) == 2 * len(few)
+    assert all(answer["steps"] < answer["tokens"] for answer in answers.values())
 
 
 def test_a_model_the_server_does_not_have_is_refused(

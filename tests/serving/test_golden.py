@@ -14,7 +14,7 @@ from serving.chat import Answer, ask, golden_run, message, message_of, options_o
 pytestmark = pytest.mark.serving
 
 BLOCK = 32
-# Shapes of images, presets, caches, stops and canvases of several blocks; tests/plugin/test_golden.py runs them all.
+# Images of many shapes, presets, caches, stops, steps by confidence; tests/plugin/test_golden.py runs all there are.
 RUNS = [
     golden_run("square", "plain_g32_b32_s16"),
     golden_run("tall", "plain_g64_b16_s20"),
@@ -27,6 +27,8 @@ RUNS = [
     golden_run("tall", "redvtp_k50_stop_g64_b32_s32"),
     golden_run("wide", "fast_g32_b32_s16_pri32"),
     golden_run("square", "fast_g64_b32_s32_pri4"),
+    golden_run("large", "fast_g64_b32_t09_pri4"),
+    golden_run("tall", "fast_stop_g64_b32_t1_pri32"),
 ]
 PRUNED = [run for run in RUNS if run.keep_ratio is not None and "stopping_criteria" not in run.params]
 

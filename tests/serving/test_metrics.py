@@ -24,6 +24,7 @@ PRUNED = golden_run("square", "redvtp_k25_g32_b32_s32")
 HALVED = golden_run("tall", "redvtp_k50_g64_b32_s32")
 DENSE = golden_run("large", "plain_g32_b32_s32")
 CACHED = golden_run("wide", "fast_g64_b32_s32_pri4")
+BY_CONFIDENCE = golden_run("square", "fast_g64_b32_t09_pri4")
 TEXT = golden_run("text_only", "plain_g64_b32_s32")
 SECONDS = ("step_seconds", "score_seconds", "compaction_seconds")
 
@@ -83,7 +84,7 @@ def told(reports: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def test_counters_grow_by_what_the_reports_say(server: Server, client: openai.OpenAI, model: str) -> None:
-    runs = (PRUNED, HALVED, DENSE, CACHED, TEXT)
+    runs = (PRUNED, HALVED, DENSE, CACHED, BY_CONFIDENCE, TEXT)
     with growth(server, *told([])) as grown:
         answered = [full_report(client, model, run) for run in runs]
     for run, (answer, _) in zip(runs, answered, strict=True):

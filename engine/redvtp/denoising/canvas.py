@@ -2,7 +2,8 @@
 
 A canvas is `gen_length` token ids, the mask id where nothing is decided. It knows which canvas block is active, how
 many tokens the next step commits, where a stop sequence cut the answer, and how much of it may be streamed. Pure
-bookkeeping on the host; the model never appears here. Each step is `masked_rows()`, a forward over them, `commit(...)`.
+bookkeeping on the host; the model never appears here. Each step is `masked_rows()`, a forward over them, `choose(...)`
+among its proposals, `commit(...)`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from redvtp.denoising.acceptance import Acceptance, accepted
+from redvtp.denoising.remasking import select
 from redvtp.denoising.schedule import Schedule, block_counts, canvas_blocks, even_counts
 
 
@@ -25,6 +28,9 @@ class Canvas:
         model decides it first.
     draft: what the canvas begins with, the mask id where it is undecided; the rest of it never changes.
     schedule: spreads the tokens a block still has to decide when it becomes active over its steps.
+    acceptance: in place of steps and schedule, each step commits what this accepts. A block takes at most as many steps
+        as it had tokens to decide; only proposals of the mask id can make it come to that, and the last step then
+        commits all there are.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class Canvas:
         stop_sequences: tuple[tuple[int, ...], ...] = (),
         schedule: Schedule = even_counts,
         draft: tuple[int, ...] = (),
+        acceptance: Acceptance | None = None,
     ) -> None:
         self.tokens = torch.full((gen_length,), mask_id, dtype=torch.int64)
         self.tokens[: len(draft)] = torch.tensor(draft, dtype=torch.int64)
@@ -45,6 +52,7 @@ class Canvas:
         self._bounds = canvas_blocks(gen_length, block_length)
         self._steps = even_counts(steps, len(self._bounds))
         self._schedule = schedule
+        self._acceptance = acceptance
         self._block = 0
         self._step_in_block = 0
         self._emitted = 0
@@ -104,8 +112,20 @@ class Canvas:
         return rows[rows >= start]
 
     def tokens_to_commit(self) -> int:
-        """Size of the next commit, by the schedule of the active block."""
+        """Size of the next commit, by the schedule of the active block; the least it is with an acceptance rule."""
         return self._counts[self._step_in_block]
+
+    def choose(self, tokens: Tensor, confidence: Tensor, start: int = 0) -> Tensor:
+        """What the next step commits of its proposals for `masked_rows(start)`.
+
+        tokens: [rows] int64. confidence: [rows] float64. Returns [selected] int64, indices into both.
+        """
+        if self._acceptance is None:
+            return select(confidence, self.tokens_to_commit())
+        if self._step_in_block == len(self._counts) - 1:
+            return torch.arange(confidence.numel())
+        nothing_else = confidence.numel() == int(self.masked()[start:].sum())
+        return accepted(tokens, confidence, nothing_else, self._acceptance, self.mask_id)
 
     def decide(self, row: int, token: int) -> None:
         """Write a token that no step has to find; what is decided already stays."""
@@ -155,6 +175,8 @@ class Canvas:
         """Tokens to commit in each step of the active block, for what it still has to decide."""
         start, end = self._bounds[self.block]
         undecided = int(self.masked()[start:end].sum())
+        if self._acceptance is not None:
+            return (1,) * undecided
         return block_counts(undecided, self._steps[self.block], self._schedule)
 
     def _skip_decided_blocks(self) -> None:

@@ -167,6 +167,8 @@ def _configuration(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
         "temperature": plan.settings.denoising.temperature,
         "seed": plan.settings.seed,
         "remasking": plan.settings.denoising.remasking,
+        "threshold": plan.settings.denoising.threshold,
+        "min_confidence": plan.settings.denoising.min_confidence,
         "schedule": plan.settings.denoising.schedule,
         "schedule_shift": plan.settings.denoising.schedule_shift,
         "stop": list(plan.settings.denoising.stop),

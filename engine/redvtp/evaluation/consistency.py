@@ -103,9 +103,11 @@ def compare(engine: LocalEngine, asked: Sequence[Question]) -> Iterator[tuple[Ta
 
     engine.runner.observe = observe
     try:
-        for number, _ in engine.stream(requests()):
-            question = taken[number]
-            yield question.task, _comparisons(scored.pop(str(number), []), question.denoising.resolved_steps)
+        for number, generation in engine.stream(requests()):
+            denoising = taken[number].denoising
+            # Where confidence decides, how many steps there are is known at the end.
+            steps = len(generation.steps) if denoising.by_confidence else denoising.resolved_steps
+            yield taken[number].task, _comparisons(scored.pop(str(number), []), steps)
     finally:
         engine.runner.observe = None
     yield from refused

@@ -105,7 +105,8 @@ def chat_request(question: Question) -> dict[str, Any]:
     denoising, pruning = question.denoising, question.pruning
     given = {field.name: getattr(denoising, field.name) for field in fields(DenoisingParams)}
     given |= {"block_length": denoising.resolved_block_length, "steps": denoising.resolved_steps}
-    knobs = {name: value for name, value in given.items() if name not in _NO_KNOBS}
+    # JSON has a null, but vLLM takes none here. Steps that are asked for stand against a server's confidence rule.
+    knobs = {name: value for name, value in given.items() if name not in _NO_KNOBS and value is not None}
     knobs |= {"pruning": pruning.preset, "keep_ratio": pruning.keep_ratio, "positions": pruning.positions}
     knobs["report"] = "summary"
     content: list[dict[str, Any]] = [
