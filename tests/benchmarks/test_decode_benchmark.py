@@ -88,7 +88,9 @@ def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pruning", [PruningParams(preset="none"), PruningParams(keep_ratio=0.3)], ids=lambda p: p.preset
+    "pruning",
+    [PruningParams("none"), PruningParams("redvtp", 0.3), PruningParams("uniform", 0.3)],
+    ids=lambda pruning: pruning.preset,
 )
 @pytest.mark.parametrize(
     ("cache", "refresh_interval"), [("none", 32), ("prefix", 32), ("prefix", 3), ("prefix_lm", 32)]
@@ -117,7 +119,4 @@ def test_counted_flops_are_those_torch_sees(
         (generation,) = engine.generate([request])
     assert len(generation.steps) == 12
     tiles = sum(tile_image(image, engine.config, "anyres").shape[0] for image in request.images)
-    counted = request_flops(
-        engine.config, denoising, pruning, generation.prompt_tokens, generation.visual_tokens, tiles
-    )
-    assert counted == counter.get_total_flops()
+    assert request_flops(engine.config, generation, engine.special.mask_id, tiles) == counter.get_total_flops()
