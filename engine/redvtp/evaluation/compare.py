@@ -22,7 +22,7 @@ from tqdm import tqdm
 from redvtp.cli import refusing
 from redvtp.evaluation.command import INTERRUPTED, check_checkpoint, say, start_engine
 from redvtp.evaluation.flags import listed, ratios
-from redvtp.evaluation.grid import Cell, cells
+from redvtp.evaluation.grid import OWN_BUDGET, Cell, cells
 from redvtp.evaluation.sheet import Panel, sheet
 from redvtp.evaluation.table import aligned
 from redvtp.flags import BadInput, check_file, check_picture, denoising_of, positive
@@ -32,8 +32,6 @@ from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.vision.images import open_image
 
-# Their budget is not keep_ratio, so they are asked once.
-OWN_BUDGET = frozenset({"zipvl", "layer-skip"})
 # Longer answers are cut in the table; --json has all of them.
 SHOWN_ANSWER = 60
 
