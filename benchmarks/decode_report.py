@@ -42,8 +42,8 @@ def report(results: dict[str, Any]) -> str:
         "ratio: dense latency without cache over this latency. FLOP ceiling: the same ratio if only matrix products\n"
         "took time, for the tokens that each step really computed. peak MiB: highest memory above the weights, KV\n"
         "blocks held included; later MiB: after the first step. KV blocks: at admission -> at the end, of\n"
-        f"{results['block_size']} tokens. agreement: canvas tokens equal to dense's without cache; the weights are random, so it says\n"
-        "nothing about accuracy."
+        f"{results['block_size']} tokens. agreement: canvas tokens equal to dense's without cache; the weights are\n"
+        "random, so it says nothing about accuracy."
     )
     return "\n\n".join((head, _aligned(columns, lines), notes, _scoring_memory(results), _step_table(results)))
 

@@ -1,4 +1,4 @@
-"""`redvtp compare`: a row and a picture for every policy, keep ratio and cache, as `redvtp generate` would have them."""
+"""`redvtp compare`: a row and a picture for every policy, keep ratio and cache, as `redvtp generate` has them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_agreement_counts_places_of_the_longer_answer(answer: list[int], share: 
         ((*ASKED, "--keep", "2"), "keep_ratio must be a number in (0, 1], got 2.0"),
         ((*ASKED, "--repeats", "0"), "--repeats must be an integer >= 1, got 0"),
         ((*ASKED, "--output", "kept.txt"), "does not end like an image file"),
-        ((*ASKED, "--gen-length", "5000"), "exceeds max_model_len"),
+        ((*ASKED, "--gen-length", "5000", "--steps", "5000"), "exceeds max_model_len"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(
