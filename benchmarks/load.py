@@ -40,7 +40,7 @@ class Question:
     """messages: of the chat API. key: which question it is, for comparing answers."""
 
     key: str
-    messages: list[dict[str, Any]]
+    messages: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,8 @@ async def _under_load(
     load = Load()
     waiting = iter(questions)
     # One connection for each client, and no limit that would queue requests here instead of in the server.
-    http = openai.DefaultAsyncHttpxClient(trust_env=False, limits=httpx.Limits(max_connections=clients + 4))
+    limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=clients + 4)
+    http = openai.DefaultAsyncHttpxClient(trust_env=False, limits=limits)
     async with openai.AsyncOpenAI(http_client=http, **_client_options(url)) as api:
         before = await _metrics(http, url)
         request = _request_options(api, options) | {"model": (await api.models.list()).data[0].id}
@@ -156,7 +157,8 @@ async def _ask(api: openai.AsyncOpenAI, question: Question, request: dict[str, A
     sent = time.perf_counter()
     first: float | None = None
     tokens: list[int] = []
-    stream = await api.chat.completions.create(messages=question.messages, stream=True, **request)
+    # Options that are a dictionary hide from the type checker which kind of answer comes.
+    stream: Any = await api.chat.completions.create(messages=question.messages, stream=True, **request)
     async for chunk in stream:
         new = (chunk.choices[0].model_extra or {}).get("token_ids") if chunk.choices else None
         if new:
@@ -167,7 +169,7 @@ async def _ask(api: openai.AsyncOpenAI, question: Question, request: dict[str, A
 
 
 @contextlib.asynccontextmanager
-async def _sampling(http: httpx.AsyncClient, url: str, load: Load, began: float) -> AsyncIterator[None]:
+async def _sampling(http: openai.DefaultAsyncHttpxClient, url: str, load: Load, began: float) -> AsyncIterator[None]:
     async def sample() -> None:
         while True:
             metrics = await _metrics(http, url)
@@ -185,7 +187,7 @@ async def _sampling(http: httpx.AsyncClient, url: str, load: Load, began: float)
             await task
 
 
-async def _metrics(http: httpx.AsyncClient, url: str) -> dict[str, float]:
+async def _metrics(http: openai.DefaultAsyncHttpxClient, url: str) -> dict[str, float]:
     """Counters and gauges, summed over their labels."""
     text = (await http.get(f"{url}/metrics", timeout=60)).text
     values: dict[str, float] = {}

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import io
 import json
 import tempfile
 from collections.abc import Sequence
@@ -22,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decode import _percent, _size, _table
+from image_bytes import png
 from load import Load, Question, alone, serving, under_load
+from options import model_flags, percent, shape_of, size
 from PIL import Image
 from random_checkpoint import Shape, make_checkpoint, make_image
 from tqdm import tqdm
 
+from redvtp.evaluation.table import aligned
 from redvtp.evaluation.tasks import read_tasks
 from redvtp.kv.blocks import blocks_needed
 from redvtp.models.config import load_config
@@ -39,6 +40,7 @@ from redvtp.vision.tiling import image_mode
 
 QUESTION = "What is shown in the picture?"
 PERCENTILES = (50, 90, 99)
+USUAL = Shape("llada-v", 256, 768, 3, 4, 64, 2, 384)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,13 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything the report says, as data for --json."""
-    model = options.model or make_checkpoint(
-        options.workdir,
-        Shape(
-            "llada-v", options.hidden, options.intermediate, options.layers, options.heads,
-            options.tower_hidden, options.tower_layers, options.tile,
-        ),
-    )  # fmt: skip
+    model = options.model or make_checkpoint(options.workdir, shape_of(options, "llada-v"))
     asked = list(_pictures(options))
     longest = max(_prompt_tokens(model, question, images) for question, images in asked) + options.gen_length
     pool = options.hold * blocks_needed(longest, options.block_size)
@@ -121,9 +117,7 @@ def _prompt_tokens(model: Path, question: str, images: Sequence[Image.Image]) ->
 def _question(key: str, text: str, images: Sequence[Image.Image]) -> Question:
     content: list[dict[str, Any]] = []
     for image in images:
-        data = io.BytesIO()
-        image.save(data, "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+        url = f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
         content.append({"type": "image_url", "image_url": {"url": url}})
     return Question(key, [{"role": "user", "content": [*content, {"type": "text", "text": text}]}])
 
@@ -212,7 +206,7 @@ def report(results: dict[str, Any]) -> str:
         "kept, the most that fits while the newest request has not pruned yet. rows/request: rows through the\n"
         "language model. step, score, compaction s: the worker's time in steps, and in these parts of them."
     )
-    return "\n\n".join((head, _table(columns, lines), notes))
+    return "\n\n".join((head, "\n".join(aligned(columns, lines, {"setting"})), notes))
 
 
 def _ranks(percentiles: dict[str, float]) -> str:
@@ -240,24 +234,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="checkpoint folder; default: a random one")
-    random = parser.add_argument_group("random model")
-    random.add_argument("--hidden", type=int, default=256, help="width of the language model")
-    random.add_argument("--intermediate", type=int, default=768, help="width of its MLP")
-    random.add_argument("--layers", type=int, default=3, help="its layers")
-    random.add_argument("--heads", type=int, default=4, help="its attention heads")
-    random.add_argument("--tower-hidden", type=int, default=64, help="width of the vision tower")
-    random.add_argument("--tower-layers", type=int, default=2, help="layers of the tower that are run")
-    random.add_argument("--tile", type=int, default=384, help="side of the tower's input in pixels")
+    model_flags(parser, USUAL)
     work = parser.add_argument_group("requests")
     work.add_argument("--tasks", type=Path, metavar="FILE", help="questions with images, in the format of redvtp eval")
     work.add_argument("--pictures", type=Path, metavar="FOLDER", help="pictures to ask --question about")
     work.add_argument("--questions", type=int, default=8, help="use at most so many of them")
     work.add_argument("--question", default=QUESTION, help="asked about a picture that comes without one")
-    work.add_argument("--image", type=_size, default="768x768", metavar="WxH", help="size of the random pictures")
+    work.add_argument("--image", type=size, default="768x768", metavar="WxH", help="size of the random pictures")
     work.add_argument("--gen-length", type=int, default=32, help="canvas length in tokens")
     work.add_argument("--block-length", type=int, default=32, help="canvas positions decoded together")
     work.add_argument("--steps", type=int, default=16, help="denoising steps")
-    work.add_argument("--keep", type=_percent, nargs="+", default=[50, 25], help="percent of visual tokens kept")
+    work.add_argument("--keep", type=percent, nargs="+", default=[50, 25], help="percent of visual tokens kept")
     work.add_argument("--cache", choices=CACHES, default="none", help="decoding mode")
     load = parser.add_argument_group("load")
     load.add_argument("--hold", type=int, default=4, help="dense requests that the KV pool holds")

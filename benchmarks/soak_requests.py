@@ -7,15 +7,13 @@ one each time. Bodies are bytes, since most of the hostile ones are nothing a cl
 from __future__ import annotations
 
 import base64
-import io
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Any
 
+from image_bytes import claimed_png, png
 from PIL import Image
 
 from redvtp.params import DenoisingParams, PruningParams
@@ -40,23 +38,7 @@ class Sent:
 def picture(width: int, height: int, seed: int) -> bytes:
     """A PNG of noise in large squares."""
     noise = Image.frombytes("RGB", (8, 8), Random(seed).randbytes(8 * 8 * 3))
-    return _png(noise.resize((width, height), Image.Resampling.NEAREST))
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def claimed_png(width: int, height: int) -> bytes:
-    """A few bytes that say they are an image of that size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return png(noise.resize((width, height), Image.Resampling.NEAREST))
 
 
 def _url(image: bytes, mime: str = "image/png") -> str:
@@ -183,7 +165,7 @@ _HOSTILE: dict[str, Callable[[str, Random], Any]] = {
     "truncated PNG": _image(_truncated),
     "noise for an image": _image(lambda random: random.randbytes(random.randrange(1, 4000))),
     "30k x 30k PNG": _image(lambda random: claimed_png(30_000, 30_000)),
-    "image too long": _image(lambda random: _png(Image.new("1", (70_000, 4)))),
+    "image too long": _image(lambda random: png(Image.new("1", (70_000, 4)))),
     "megabytes of text": lambda model, random: _chat(model, [], "word " * random.randrange(200_000, 800_000)),
     "megabytes of suffix": lambda model, random: _chat(model, [], "Hello", **_knobs(suffix="word " * 400_000)),
     "hostile knob": _knob_as_text,

@@ -3,8 +3,8 @@
     redvtp generate CHECKPOINT --image photo.jpg --prompt "What is shown?" --keep-ratio 0.25 --heatmap kept.png
     redvtp heatmap response.json --image photo.jpg --output kept.png
 
-`redvtp eval` and `redvtp consistency`, over many questions, are in `redvtp.evaluation`. Bad input ends with status 2
-and one line on stderr. An engine is a function that answers one request with a `Trace`: `local` is here, others are
+`redvtp eval`, `redvtp consistency` and `redvtp compare` are in `redvtp.evaluation`. Bad input ends with status 2 and
+one line on stderr. An engine is a function that answers one request with a `Trace`: `local` is here, others are
 found under the entry point group `redvtp.engines`.
 """
 

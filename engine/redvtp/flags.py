@@ -85,7 +85,7 @@ def check_outputs(options: argparse.Namespace) -> None:
         path: Path | None = getattr(options, name)
         if path is None:
             continue
-        _check_file(name, path)
+        check_file(name, path)
     if options.heatmap:
         check_picture("heatmap", options.heatmap)
         if not options.image:
@@ -96,12 +96,13 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 def check_picture(flag: str, path: Path) -> None:
     """Raises BadInput for a file that no image could be written to."""
-    _check_file(flag, path)
+    check_file(flag, path)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise BadInput(f"--{flag} {path} does not end like an image file; use .png")
 
 
-def _check_file(flag: str, path: Path) -> None:
+def check_file(flag: str, path: Path) -> None:
+    """Raises BadInput for a file that could not be written."""
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise BadInput(f"--{flag} {path} cannot be written; name a file in a folder that exists")
@@ -159,8 +160,9 @@ def _request_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False) -> None:
-    """for_many: many requests share the flags, each has lengths of its own, and --cache may be a list."""
+def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False, many_caches: bool = False) -> None:
+    """for_many: many requests share the flags, each has lengths of its own, and --cache may be a list. many_caches:
+    the latter alone."""
     add = parser.add_argument_group("denoising").add_argument
     usual: dict[str, Any] = {field.name: field.default for field in fields(DenoisingParams)}
 
@@ -199,10 +201,9 @@ def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False) -> 
     add("--schedule", default=usual["schedule"], metavar="NAME", help=spread)
     knob("schedule-shift", "F", "of --schedule shift: above 1 most tokens are decided late, below 1 early")
     cache = f"{', '.join(CACHES)}: what happens to the keys and values of the prompt"
-    cache += "; several with commas" if for_many else ""
-    add(
-        "--cache", default=usual["cache"], metavar="LIST" if for_many else "NAME", help=f"{cache} (default %(default)s)"
-    )
+    several = for_many or many_caches
+    cache += "; several with commas" if several else ""
+    add("--cache", default=usual["cache"], metavar="LIST" if several else "NAME", help=f"{cache} (default %(default)s)")
     knob("refresh-interval", "N", "with --cache prefix, recompute everything every N steps")
 
 

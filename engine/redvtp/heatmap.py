@@ -61,7 +61,7 @@ def draw(
         end = first + len(part)
         panels.append(_panel(image, part, scores[first:end], stays[first:end], coarse))
         first = end
-    return _side_by_side(panels)
+    return side_by_side(panels)
 
 
 def draw_saved(images: Sequence[Image.Image], config: DvlmConfig, saved: object) -> Image.Image:
@@ -165,7 +165,8 @@ def _colour(heat: Floats) -> Floats:
     return np.stack([np.interp(heat, steps, _PALETTE[:, channel]) for channel in range(3)], axis=-1).astype(np.float32)
 
 
-def _side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
+def side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
+    """One picture of several, each in its own size."""
     if len(panels) == 1:
         return panels[0]
     width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)

@@ -39,18 +39,20 @@ def test_the_benchmark_reports_every_setting(tmp_path: Path) -> None:
 
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["cache"], row["setting"]): row for row in results["rows"]}
-    assert list(rows) == [(cache, name) for cache in ("none", "prefix") for name in ("dense", "keep 50%", "keep 25%")]
+    assert list(rows) == [
+        (cache, name) for cache in ("none", "prefix") for name in ("dense", "redvtp 50%", "redvtp 25%")
+    ]
     dense = rows["none", "dense"]
     assert (dense["ratio"], dense["ceiling"], dense["reached"], dense["agreement"]) == (1, 1, 1, 1)
     for row in rows.values():
         assert len(row["latencies_s"]) == 2
         assert row["peak_bytes"] > 0
         assert row["ceiling"] >= 1
-    assert rows["none", "keep 25%"]["ceiling"] > rows["none", "keep 50%"]["ceiling"] > 1
+    assert rows["none", "redvtp 25%"]["ceiling"] > rows["none", "redvtp 50%"]["ceiling"] > 1
     prompt, visual = results["request"]["prompt_tokens"], results["request"]["visual_tokens"]
-    for keep, name in ((0.5, "keep 50%"), (0.25, "keep 25%")):
+    for keep, name in ((0.5, "redvtp 50%"), (0.25, "redvtp 25%")):
         after = prompt - visual + int(visual * keep) + 8
-        assert rows["prefix", name]["kv_blocks_after_step_0"] == -(-after // 32)
+        assert rows["prefix", name]["kv_blocks_at_end"] == -(-after // 32)
 
 
 def test_lavida_is_measured_behind_a_prompt_encoded_once(tmp_path: Path) -> None:
@@ -65,14 +67,35 @@ def test_lavida_is_measured_behind_a_prompt_encoded_once(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["cache"], row["setting"]): row for row in results["rows"]}
-    names = ("dense", "keep 50%", "keep 25%")
+    names = ("dense", "redvtp 50%", "redvtp 25%")
     assert list(rows) == [(cache, name) for cache in ("none", "prefix_lm") for name in names]
     assert rows["prefix_lm", "dense"]["ceiling"] > rows["none", "dense"]["ceiling"] == 1
     prompt, visual = results["request"]["prompt_tokens"], results["request"]["visual_tokens"]
     # 90x60 pixels on two tiles of 4x4 patches pooled to 2x2: one tile of the whole, two rows of four with newlines.
     assert visual == 4 + 2 * (4 + 1)
     after = prompt - visual + int(visual * 0.25) + 8
-    assert rows["prefix_lm", "keep 25%"]["kv_blocks_after_step_0"] == -(-after // 32)
+    assert rows["prefix_lm", "redvtp 25%"]["kv_blocks_at_end"] == -(-after // 32)
+
+
+def test_every_policy_gets_a_ceiling_from_the_tokens_it_computed(tmp_path: Path) -> None:
+    command = [BENCHMARKS / "decode.py", *TINY, "--policies", "redvtp", "uniform", "--cache", "none", "--repeats", "1"]
+    done = subprocess.run(
+        [sys.executable, *command, "--workdir", tmp_path, "--json", tmp_path / "results.json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {row["setting"]: row for row in results["rows"]}
+    assert list(rows) == ["dense", "redvtp 50%", "redvtp 25%", "uniform 50%", "uniform 25%"]
+    total = results["request"]["prompt_tokens"] + 8
+    for row in rows.values():
+        dropped = results["request"]["visual_tokens"] - row["visual_tokens_kept"]
+        assert row["tokens_computed"] == [total, *[total - dropped] * 3]
+    # The same tokens, but nobody looks at them first.
+    assert rows["uniform 25%"]["flops"] < rows["redvtp 25%"]["flops"] < rows["uniform 50%"]["flops"]
 
 
 def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
@@ -88,7 +111,9 @@ def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pruning", [PruningParams(preset="none"), PruningParams(keep_ratio=0.3)], ids=lambda p: p.preset
+    "pruning",
+    [PruningParams("none"), PruningParams("redvtp", 0.3), PruningParams("uniform", 0.3)],
+    ids=lambda pruning: pruning.preset,
 )
 @pytest.mark.parametrize(
     ("cache", "refresh_interval"), [("none", 32), ("prefix", 32), ("prefix", 3), ("prefix_lm", 32)]
@@ -117,7 +142,4 @@ def test_counted_flops_are_those_torch_sees(
         (generation,) = engine.generate([request])
     assert len(generation.steps) == 12
     tiles = sum(tile_image(image, engine.config, "anyres").shape[0] for image in request.images)
-    counted = request_flops(
-        engine.config, denoising, pruning, generation.prompt_tokens, generation.visual_tokens, tiles
-    )
-    assert counted == counter.get_total_flops()
+    assert request_flops(engine.config, generation, engine.special.mask_id, tiles) == counter.get_total_flops()

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from benchmarks.image_bytes import claimed_png
 from golden_data import Case, checkpoint_dir, runs
-from image_bytes import claimed_png
 from redvtp.cli import main
 
 MODEL = checkpoint_dir("tiny-llada-v")

@@ -31,7 +31,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from image_bytes import claimed_png
+from benchmarks.image_bytes import claimed_png
 
 
 def _calls(function: Callable[..., Any] | type) -> list[ast.Call]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import openai
 import pytest
 
+from benchmarks.image_bytes import png
 from golden_data import Run
-from image_bytes import png
 from plugin.requests import answer_of
 from redvtp.prompt import load_tokenizer
 from serving.chat import Answer, ask, golden_run, message, message_of, options_of

@@ -12,8 +12,8 @@ import openai
 import pytest
 from PIL import Image
 
+from benchmarks.image_bytes import claimed_png, png
 from golden_data import Case
-from image_bytes import claimed_png, png
 from serving.chat import CHECKPOINT, ask, message
 from serving.server import Server
 from vllm_redvtp.params import KNOBS

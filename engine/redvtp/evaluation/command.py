@@ -105,8 +105,9 @@ def settings_of(options: argparse.Namespace) -> Settings:
     )
 
 
-def start_engine(options: argparse.Namespace) -> Any:
-    """The embedded engine, with room for `--concurrency` questions. Raises BadInput for a checkpoint it cannot load."""
+def start_engine(options: argparse.Namespace, **more: Any) -> Any:
+    """The embedded engine, with room for `--concurrency` questions. more: for `LocalEngine`. Raises BadInput for a
+    checkpoint it cannot load."""
     from redvtp.cli import refusing
     from redvtp.local import LocalEngine
 
@@ -117,6 +118,7 @@ def start_engine(options: argparse.Namespace) -> Any:
             max_model_len=options.max_model_len,
             max_num_seqs=options.concurrency,
             block_size=options.block_size or 32,
+            **more,
         )
 
 
@@ -277,4 +279,14 @@ def _consistency(options: argparse.Namespace) -> int:
     return measure(options)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"eval": evaluate, "consistency": _consistency}
+def _compare(options: argparse.Namespace) -> int:
+    from redvtp.evaluation.compare import compare
+
+    return compare(options)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "eval": evaluate,
+    "consistency": _consistency,
+    "compare": _compare,
+}

@@ -1,4 +1,4 @@
-"""The flags of `redvtp eval` and `redvtp consistency`, and the lists in them."""
+"""The flags of `redvtp eval`, `redvtp consistency` and `redvtp compare`, and the lists in them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
 POLICIES = "none,redvtp,random,uniform"
 KEEP_RATIOS = "1.0,0.75,0.5,0.25,0.1"
+# All that need nothing but the request; `external` prunes by scores that come with it.
+COMPARED = [preset for preset in PRESETS if preset not in ("none", "external")]
 
 
 def add_commands(commands: Commands) -> None:
-    """Both commands, beside `generate`."""
+    """All of them, beside `generate`."""
     evaluation = commands.add_parser(
         "eval",
         help="accuracy, speed and memory over a file of questions",
@@ -29,12 +31,7 @@ def add_commands(commands: Commands) -> None:
         "model", metavar="MODEL_OR_URL", help="checkpoint folder, or http://... of a running server"
     )
     _task_flags(evaluation)
-    add = evaluation.add_argument_group("what is compared").add_argument
-    policies = f"with commas, of {', '.join(PRESETS)} (default %(default)s); none, keeping everything, is always run"
-    add("--policies", default=POLICIES, metavar="LIST", help=policies)
-    add("--keep", default=KEEP_RATIOS, metavar="LIST", help="keep ratios, with commas (default %(default)s)")
-    positions = f"{' or '.join(POSITIONS)}: renumber what survives, or not (default %(default)s)"
-    add("--positions", default="compact", metavar="NAME", help=positions)
+    _comparison_flags(evaluation, POLICIES, KEEP_RATIOS)
     denoising_flags(evaluation, for_many=True)
     server = evaluation.add_argument_group("server").add_argument
     server("--server", metavar="URL", help="ask this server; MODEL_OR_URL is then the name of the model it serves")
@@ -62,6 +59,35 @@ def add_commands(commands: Commands) -> None:
     add = consistency.add_argument_group("output").add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder for consistency.json and the plot")
     add("--json", action="store_true", help="print the summary as JSON instead of the table")
+
+    compare = commands.add_parser(
+        "compare",
+        help="one question under several policies, in a table and a picture",
+        description="Asks one question about images with every policy, keep ratio and cache mode, by turns in one "
+        "process, and prints what each kept, took and answered beside the dense answer.",
+    )
+    compare.add_argument("model", metavar="MODEL", help="checkpoint folder")
+    add = compare.add_argument_group("request").add_argument
+    add("--image", nargs="+", action="extend", default=[], type=Path, metavar="FILE", help="image files")
+    add("--prompt", metavar="TEXT", help="the question; the images go in front of it")
+    _comparison_flags(compare, ",".join(COMPARED), "0.75,0.5,0.25")
+    denoising_flags(compare, many_caches=True)
+    # One question at a time: latencies are those of a request alone.
+    compare.set_defaults(concurrency=1)
+    engine_flags(compare, choice=False)
+    add = compare.add_argument_group("measuring and output").add_argument
+    add("--repeats", type=integer, default=3, metavar="N", help="times each is asked (default %(default)s)")
+    add("--output", type=Path, metavar="FILE.png", help="picture of all heat maps side by side")
+    add("--json", type=Path, metavar="FILE.json", help="write the results there, with every pruning")
+
+
+def _comparison_flags(parser: Parser, policies: str, keep_ratios: str) -> None:
+    add = parser.add_argument_group("what is compared").add_argument
+    names = f"with commas, of {', '.join(PRESETS)} (default %(default)s); none, keeping everything, is always run"
+    add("--policies", default=policies, metavar="LIST", help=names)
+    add("--keep", default=keep_ratios, metavar="LIST", help="keep ratios, with commas (default %(default)s)")
+    positions = f"{' or '.join(POSITIONS)}: renumber what survives, or not (default %(default)s)"
+    add("--positions", default="compact", metavar="NAME", help=positions)
 
 
 def listed(flag: str, text: str) -> list[str]:

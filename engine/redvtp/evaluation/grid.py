@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from redvtp.evaluation.tasks import Task
 from redvtp.params import DenoisingParams, PruningParams
 
+# Policies that keep_ratio has no say in: what they keep follows from something else.
+OWN_BUDGET = frozenset({"zipvl", "layer-skip"})
+
 
 @dataclass(frozen=True, slots=True)
 class Cell:
