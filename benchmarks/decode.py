@@ -278,7 +278,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="F",
-        help="of parallel decoding; fixed steps always run",
+        help="factors of parallel decoding by confidence; fixed steps are always run",
     )
     work.add_argument("--cache", choices=CACHES, nargs="+", help="none is always run; default: the family's own too")
     machine = parser.add_argument_group("machine")
@@ -295,6 +295,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    for threshold in options.thresholds:
+        rule: dict[str, Any] = {"threshold": threshold}
+        try:
+            DenoisingParams(**rule)
+        except ValueError as error:
+            parser.error(str(error))
     return options
 
 

@@ -98,6 +98,26 @@ def test_every_policy_gets_a_ceiling_from_the_tokens_it_computed(tmp_path: Path)
     assert rows["uniform 25%"]["flops"] < rows["redvtp 25%"]["flops"] < rows["uniform 50%"]["flops"]
 
 
+@pytest.mark.skipif("threshold" not in DenoisingParams.__slots__, reason="there is no decoding by confidence yet")
+def test_thresholds_stand_beside_fixed_steps(tmp_path: Path) -> None:
+    command = [BENCHMARKS / "decode.py", *TINY, "--cache", "none", "--repeats", "1", "--keep", "25"]
+    done = subprocess.run(
+        [sys.executable, *command, "--thresholds", "1000", "--workdir", tmp_path, "--json", tmp_path / "results.json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["threshold"], row["setting"]) for row in rows] == [
+        (threshold, setting) for threshold in (None, 1000) for setting in ("dense", "redvtp 25%")
+    ]
+    # This one asks for nothing: the whole block at once, before anything is pruned.
+    assert [row["steps"] for row in rows] == [4, 4, 1, 1]
+    assert rows[2]["ceiling"] > rows[1]["ceiling"] > 1
+
+
 def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "decode.py", "--image", "wide", "--workdir", tmp_path],
