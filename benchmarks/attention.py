@@ -3,8 +3,8 @@
     python benchmarks/attention.py [--heads 8] [--kv-heads 8] [--head-dim 128] [--threads 1]
 
 Times are one layer's attention with its page writes: milliseconds of processor time, the least of interleaved rounds,
-so that other work on the machine shows as little as it can. With --neighbours, instead: how often a sequence's output in
-a mixed batch differs from its output alone, by one call of the kernel for the batch and by one for each sequence.
+so that other work on the machine shows as little as it can. With --neighbours, instead: how often a sequence's output
+in a mixed batch differs from its output alone, by one call of the kernel for the batch and by one for each sequence.
 """
 
 from __future__ import annotations
