@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 def runs_on_kernel(vllm_config: VllmConfig) -> bool:
     """Whether response steps run on vLLM's CPU kernel. Raises ValueError where it was asked for and cannot be had."""
     asked = attention_asked(vllm_config)
-    if asked == "torch":
-        return False
-    obstacle = kernel_obstacle(vllm_config)
-    if obstacle and asked == "cpu":
+    if asked == "auto":
+        return why_torch(vllm_config) is None
+    obstacle = kernel_obstacle(vllm_config) if asked == "cpu" else None
+    if obstacle:
         raise ValueError(f"attention 'cpu' cannot be used: {obstacle}; use 'auto' or 'torch'")
-    return obstacle is None
+    return asked == "cpu"
 
 
 def attention_over(cache: KVPages, config: DvlmConfig, vllm_config: VllmConfig) -> MakeAttention:
@@ -52,7 +52,20 @@ def told_at_start(vllm_config: VllmConfig) -> str:
         return "response steps on vLLM's CPU kernel, full steps on torch"
     if attention_asked(vllm_config) == "torch":
         return "torch, as asked"
-    return f"torch, since {kernel_obstacle(vllm_config)}"
+    return f"torch, since {why_torch(vllm_config)}"
+
+
+def why_torch(vllm_config: VllmConfig) -> str | None:
+    """Why `auto` does not mean vLLM's CPU kernel; None if it does."""
+    obstacle = kernel_obstacle(vllm_config)
+    config = engine_config(vllm_config.model_config)
+    if obstacle is None and config.num_key_value_heads < config.num_attention_heads:
+        # Measured, see docs/results.md: gathering fewer key heads costs torch little.
+        return (
+            f"{config.num_attention_heads} query heads share {config.num_key_value_heads} key heads, where vLLM's "
+            f"kernel is the slower of the two"
+        )
+    return obstacle
 
 
 def kernel_obstacle(vllm_config: VllmConfig) -> str | None:
@@ -60,7 +73,7 @@ def kernel_obstacle(vllm_config: VllmConfig) -> str | None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return f"vLLM runs on {current_platform.device_name} here"
+        return f"vLLM's CPU kernel is not for {current_platform.device_name}"
     from vllm import _custom_ops  # noqa: F401  its import loads the kernels
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -68,13 +81,13 @@ def kernel_obstacle(vllm_config: VllmConfig) -> str | None:
         return "this build of vLLM has no CPU attention kernel"
     head_dim, sizes = engine_config(vllm_config.model_config).head_dim, CPUAttentionBackend.get_supported_head_sizes()
     if head_dim not in sizes:
-        return f"its kernel knows no head_dim {head_dim}, only {', '.join(map(str, sizes))}"
+        return f"vLLM's CPU kernel knows no head_dim {head_dim}, only {', '.join(map(str, sizes))}"
     dtype = vllm_config.model_config.dtype
     if dtype not in CPUAttentionBackend.supported_dtypes:
-        return f"its kernel knows no {dtype}"
+        return f"vLLM's CPU kernel knows no {dtype}"
     block_size = vllm_config.cache_config.block_size
     if block_size % _BLOCK_MULTIPLE:
-        return f"its kernel wants a --block-size that {_BLOCK_MULTIPLE} divides, not {block_size}"
+        return f"vLLM's CPU kernel wants a --block-size that {_BLOCK_MULTIPLE} divides, not {block_size}"
     return None
 
 
