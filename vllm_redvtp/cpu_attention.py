@@ -122,6 +122,10 @@ def _block_table(segment: Segment, block_size: int) -> Tensor | None:
     slots = segment.read_slots
     if slots is None or segment.scores is not None or not slots.numel():
         return None
+    written = segment.write_slots
+    if written is not None and not torch.equal(written, slots[slots.numel() - written.numel() :]):
+        # Something of its own may lie behind what it reads, where `_unused_slots` clears.
+        return None
     blocks = slots[::block_size] // block_size
     whole = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
     return blocks if torch.equal(whole[: slots.numel()], slots) else None

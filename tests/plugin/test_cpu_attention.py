@@ -122,6 +122,17 @@ def test_response_steps_run_on_the_kernel_and_the_rest_on_torch() -> None:
     assert [taken.segment.end - taken.segment.start for taken in attention._in_place] == [10, 1]
 
 
+def test_keys_behind_those_that_are_read_stay() -> None:
+    """Nobody reads so today; the slots that are cleared for the kernel must then not be somebody's."""
+    setup = Setup(SHAPES[0], torch.float32, 6)
+    part = setup.part(90, 60)
+    slots = slots_of(part.table, 0, 90, setup.block_size)
+    segments, inputs = [Segment(0, 30, slots[60:], slots[:70])], _packed(setup.inputs([part]))
+    found, expected = setup.kernel(segments)(0, *inputs), setup.reference(segments)(0, *inputs)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[torch.float32], rtol=0)
+    _both_pages_hold_the_same(setup)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_a_segments_output_does_not_depend_on_its_neighbours(shape: tuple[int, int, int, int], threads: int) -> None:
