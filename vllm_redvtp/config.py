@@ -77,6 +77,7 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Choose our scheduler and worker, and switch off what assumes one causal pass over the prompt."""
+        from vllm_redvtp.attention import runs_on_kernel
         from vllm_redvtp.metrics import install_metrics
         from vllm_redvtp.params import server_defaults, vision_cache_bytes
 
@@ -86,6 +87,7 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
         _use_our_parts(vllm_config)
         _schedule_synchronously(vllm_config)
         _size_kv_cache(vllm_config)
+        runs_on_kernel(vllm_config)
         # The hook runs in every front-end, which is where they are collected.
         install_metrics()
 

@@ -40,6 +40,8 @@ _PRUNING = {"pruning" if field.name == "preset" else field.name: field.name for 
 KNOBS = tuple(sorted(_DENOISING | set(_PRUNING) | {"report"}))
 # Of the server only, no request can ask for another.
 VISION_CACHE_GB = "vision_cache_gb"
+ATTENTION = "attention"
+ATTENTIONS = ("auto", "torch", "cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +79,10 @@ def server_defaults(vllm_config: VllmConfig) -> dict[str, Any]:
     defaults = config.get("redvtp", {}) if isinstance(config, dict) else {}
     if not isinstance(defaults, dict):
         raise ValueError(f"additional_config 'redvtp' must be an object of knobs, got {defaults!r}")
-    defaults = {name: value for name, value in defaults.items() if name != VISION_CACHE_GB}
+    defaults = {name: value for name, value in defaults.items() if name not in (VISION_CACHE_GB, ATTENTION)}
     for name in defaults:
         if name not in KNOBS:
-            allowed = ", ".join((*KNOBS, VISION_CACHE_GB))
+            allowed = ", ".join((*KNOBS, VISION_CACHE_GB, ATTENTION))
             raise ValueError(f"additional_config has an unknown redvtp knob {name!r}; allowed: {allowed}")
     build_params(SamplingParams(temperature=0.0), default_gen_length(defaults), defaults)
     return defaults
@@ -89,12 +91,24 @@ def server_defaults(vllm_config: VllmConfig) -> dict[str, Any]:
 def vision_cache_bytes(vllm_config: VllmConfig) -> int:
     """How much of visual tokens a worker remembers: `vision_cache_gb` (GiB) of the server. Raises ValueError for a
     size that is none."""
-    config = vllm_config.additional_config
-    told = config.get("redvtp", {}) if isinstance(config, dict) else {}
-    size = told.get(VISION_CACHE_GB, DEFAULT_CACHE_BYTES / (1 << 30))
+    size = _server_option(vllm_config, VISION_CACHE_GB, DEFAULT_CACHE_BYTES / (1 << 30))
     if isinstance(size, bool) or not isinstance(size, (int, float)) or not 0 <= size < float("inf"):
         raise ValueError(f"{VISION_CACHE_GB} must be a number of GiB, 0 for no cache, got {size!r}")
     return int(size * (1 << 30))
+
+
+def attention_asked(vllm_config: VllmConfig) -> str:
+    """The server's `attention`, one of ATTENTIONS. Raises ValueError for another."""
+    asked: str = _server_option(vllm_config, ATTENTION, "auto")
+    if asked not in ATTENTIONS:
+        raise ValueError(f"{ATTENTION} must be one of {', '.join(ATTENTIONS)}, got {asked!r}")
+    return asked
+
+
+def _server_option(vllm_config: VllmConfig, name: str, default: Any) -> Any:
+    config = vllm_config.additional_config
+    told = config.get("redvtp", {}) if isinstance(config, dict) else {}
+    return told.get(name, default)
 
 
 def default_gen_length(defaults: Mapping[str, Any]) -> int:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from redvtp.kv.blocks import blocks_needed
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.cache import KVPages
 from redvtp.models.dvlm import TILES_AT_ONCE, Dvlm
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
 from redvtp.runner import DenoisingRunner
 from redvtp.sequence import Sequence
 from redvtp.vision.tiling import image_mode
+from vllm_redvtp.kv_cache import make_pages
 from vllm_redvtp.params import vision_cache_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def profile_largest_step(
     model: Dvlm,
     vllm_config: VllmConfig,
     special: SpecialTokens,
-    make_engine: Callable[[Dvlm, PagedKVCache], DenoisingRunner],
+    make_engine: Callable[[Dvlm, KVPages], DenoisingRunner],
 ) -> None:
     """Encode as many tiles as the tower takes at once and one image with the most, then a first (scoring) step that
     fills the token budget."""
@@ -69,12 +70,9 @@ def profile_largest_step(
     del remembered
 
 
-def _one_layer_cache(model: Dvlm, vllm_config: VllmConfig, num_blocks: int) -> PagedKVCache:
+def _one_layer_cache(model: Dvlm, vllm_config: VllmConfig, num_blocks: int) -> KVPages:
     """Pages every layer shares: what is measured must not contain a KV cache of the real size."""
-    config = model.config
-    heads = config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
-    block_size: Any = vllm_config.cache_config.block_size
-    cache = PagedKVCache(1, num_blocks, block_size, heads, config.head_dim, model.dtype, model.device)
-    cache.keys *= config.num_hidden_layers
-    cache.values *= config.num_hidden_layers
+    cache = make_pages(model.config, vllm_config, 1, num_blocks, model.device)
+    cache.keys *= model.config.num_hidden_layers
+    cache.values *= model.config.num_hidden_layers
     return cache

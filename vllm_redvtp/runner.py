@@ -23,11 +23,13 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
+from redvtp.kv.cache import KVPages
 from redvtp.models.dvlm import Dvlm
 from redvtp.runner import DenoisingRunner
 from redvtp.sequence import Sequence, StepReport
 from redvtp.vision.encoder import ImageEncoder, ImageInput
 from redvtp.vision.tiling import image_mode
+from vllm_redvtp.attention import attention_over, told_at_start
 from vllm_redvtp.config import engine_config
 from vllm_redvtp.kv_cache import allocate_kv_cache, kv_cache_spec
 from vllm_redvtp.output import DenoisingOutput
@@ -83,6 +85,7 @@ class DiffusionModelRunner:
     ) -> None:
         with kv_cache_allocation_context or nullcontext():
             cache = allocate_kv_cache(self.config, self.vllm_config, kv_cache_config, self.device)
+        logger.info("attention: %s", told_at_start(self.vllm_config))
         self._engine = self._make_engine(self.model, cache)
 
     def get_supported_tasks(self) -> tuple[str, ...]:
@@ -207,10 +210,13 @@ class DiffusionModelRunner:
                 found |= self._step([sequence], errors)
             return found
 
-    def _make_engine(self, model: Dvlm, cache: Any) -> DenoisingRunner:
+    def _make_engine(self, model: Dvlm, cache: KVPages) -> DenoisingRunner:
+        attention = attention_over(cache, self.config, self.vllm_config)
         if get_tensor_model_parallel_world_size() == 1:
-            return DenoisingRunner(model, cache, self.planner.special)
-        return DenoisingRunner(model, cache, self.planner.special, tensor_model_parallel_all_reduce, _of_first_rank)
+            return DenoisingRunner(model, cache, self.planner.special, attention=attention)
+        return DenoisingRunner(
+            model, cache, self.planner.special, tensor_model_parallel_all_reduce, _of_first_rank, attention
+        )
 
     def reset_encoder_cache(self) -> None:
         """As after new weights: what the old ones saw in an image is worth nothing."""

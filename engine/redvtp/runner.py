@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, count
 
 import torch
 from torch import Tensor
 
-from redvtp.attention.batch import Segment
+from redvtp.attention.batch import Attention, MakeAttention, Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.clock import Clock
 from redvtp.denoising.remasking import Choice, keep_best, propose, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of_all
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.cache import KVPages
 from redvtp.kv.compaction import CompactionPlan, compact, joined, plan_compaction
 from redvtp.kv.rewriting import RewritingAttention
 from redvtp.models.dvlm import Dvlm
@@ -55,6 +56,7 @@ class DenoisingRunner:
     reduce_scores: sums attention scores over tensor-parallel ranks, each of which has its own heads.
     agree: gives every rank the first one's numbers, of all those that decide something. Ranks compute them alike, but
     not always to the last bit, and caches that are cut differently would never meet again.
+    attention: the backend over `cache`; torch's when None.
     observe: if set, every full step is scored, whether or not it prunes, and told: the sequence, the number of the step
     and the importance of its visual tokens, [visual] float32. A step that leaves nothing undecided has none.
     """
@@ -62,16 +64,18 @@ class DenoisingRunner:
     def __init__(
         self,
         model: Dvlm,
-        cache: PagedKVCache,
+        cache: KVPages,
         special: SpecialTokens,
         reduce_scores: Callable[[Tensor], Tensor] | None = None,
         agree: Callable[[Tensor], Tensor] | None = None,
+        attention: MakeAttention | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.special = special
         self._reduce_scores = reduce_scores
         self._agree = agree or (lambda numbers: numbers)
+        self._make_attention = attention or partial(TorchPagedAttention, cache)
         self.clock = Clock(model.device)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
 
@@ -222,8 +226,8 @@ class DenoisingRunner:
         hidden = self.model.language_model(torch.cat(rows), torch.cat(positions), self._attention(segments))
         return PackedStep(hidden, segments, plans)
 
-    def _attention(self, segments: list[Segment]) -> TorchPagedAttention:
-        return TorchPagedAttention(self.cache, segments, scale=self.model.config.head_dim**-0.5)
+    def _attention(self, segments: list[Segment]) -> Attention:
+        return self._make_attention(segments, self.model.config.head_dim**-0.5)
 
     def _slots(self, batch: list[Sequence], lengths: list[int]) -> list[Tensor]:
         """For each sequence [length] int64, the cache slots of its first tokens."""

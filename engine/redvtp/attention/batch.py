@@ -6,9 +6,11 @@ one in a response step brings the keys of its canvas and reads the rest from its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from redvtp.pruning.scores import AttentionScores
@@ -32,6 +34,15 @@ class Segment:
     scores: AttentionScores | None = None
 
 
+def written_slots(segments: list[Segment]) -> Tensor | None:
+    """[tokens] int64, where the packed keys and values of a forward go; None when it writes no pages. Raises ValueError
+    when some segments do and some do not."""
+    slots = [segment.write_slots for segment in segments if segment.write_slots is not None]
+    if slots and len(slots) != len(segments):
+        raise ValueError("either all segments of a forward write pages or none does")
+    return torch.cat(slots) if slots else None
+
+
 class Attention(Protocol):
     """Attention of one step: bidirectional, each sequence to itself only.
 
@@ -40,3 +51,7 @@ class Attention(Protocol):
     """
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+# A backend over its pages: the segments and the scale of one forward, or of some of its layers, to their attention.
+MakeAttention = Callable[[list[Segment], float], Attention]

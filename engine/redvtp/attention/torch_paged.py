@@ -6,21 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from redvtp.attention.batch import Segment
-from redvtp.kv.cache import PagedKVCache
+from redvtp.attention.batch import Segment, written_slots
+from redvtp.kv.cache import KVPages
 
 
 class TorchPagedAttention:
     """`Attention` of one step over `segments` (see batch.py), with pages in `cache`."""
 
-    def __init__(self, cache: PagedKVCache, segments: list[Segment], scale: float) -> None:
+    def __init__(self, cache: KVPages, segments: list[Segment], scale: float) -> None:
         self._cache = cache
         self._segments = segments
         self._scale = scale
-        slots = [segment.write_slots for segment in segments if segment.write_slots is not None]
-        if slots and len(slots) != len(segments):
-            raise ValueError("either all segments of a forward write pages or none does")
-        self._write_slots = torch.cat(slots) if slots else None
+        self._write_slots = written_slots(segments)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self._write_slots is not None:

@@ -1,16 +1,40 @@
-"""The paged keys and values of all layers, in the row-major layout [num_blocks, block_size, kv_heads, head_dim].
+"""The paged keys and values of all layers: what the engine asks of them, and the layout that needs nobody else.
 
-Keys are stored with their rotary positions applied, as paged attention kernels expect them.
+Keys are stored with their rotary positions applied, as paged attention kernels expect them. A kernel may want a layout
+of its own; whoever brings it brings its `KVPages` too.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
+class KVPages(Protocol):
+    """Key and value pages of this rank, in whatever layout: only `write` and `read` know where a token's numbers are.
+
+    keys, values: one tensor for each layer, its first dimension [num_blocks].
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    num_blocks: int
+    block_size: int
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store key and value [tokens, kv_heads, head_dim] at slots [tokens]."""
+
+    def read(self, layer: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values [tokens, kv_heads, head_dim] at slots [tokens]."""
+
+
 class PagedKVCache:
-    """Key and value pages of this rank.
+    """`KVPages` in the row-major layout [num_blocks, block_size, kv_heads, head_dim].
 
     `from_pages` adopts tensors that somebody else (vLLM) accounts for; the constructor allocates them.
     """

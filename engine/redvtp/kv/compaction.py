@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from redvtp.kv.blocks import slots_of
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.cache import KVPages
 from redvtp.models.rotary import Rotary
 
 
@@ -50,7 +50,7 @@ def joined(plans: list[CompactionPlan]) -> CompactionPlan:
     )
 
 
-def compact(cache: PagedKVCache, plan: CompactionPlan, rotary: Rotary) -> None:
+def compact(cache: KVPages, plan: CompactionPlan, rotary: Rotary) -> None:
     """Apply a plan to every layer; keys are turned from their old position to the new one."""
     if plan.sources.numel() == 0:
         return

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from redvtp.attention.batch import Attention, Segment
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.cache import KVPages
 from redvtp.models.rotary import Rotary
 
 
@@ -57,7 +57,7 @@ class RewritingAttention:
         segments: list[Segment],
         origins: list[PageOrigin],
         slots: list[Tensor],
-        cache: PagedKVCache,
+        cache: KVPages,
         rotary: Rotary,
     ) -> None:
         self._attention = attention

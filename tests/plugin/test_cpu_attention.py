@@ -1,0 +1,220 @@
+"""vLLM's CPU attention kernel and its pages, against the engine's torch backend and row-major pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from redvtp.attention.batch import Segment
+from redvtp.attention.torch_paged import TorchPagedAttention
+from redvtp.kv.blocks import blocks_needed, slots_of
+from redvtp.kv.cache import KVPages, PagedKVCache
+from redvtp.kv.compaction import compact, plan_compaction
+from redvtp.models.rotary import Rotary
+from redvtp.pruning.scores import AttentionScores
+from vllm_redvtp.cpu_attention import CpuPagedAttention
+from vllm_redvtp.packed_cache import PackedKVCache
+
+# Of the outputs, which are means of values around 1.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# Query heads, key heads, head_dim, block_size.
+SHAPES = [(4, 4, 32, 32), (4, 2, 64, 32), (6, 2, 32, 64), (2, 2, 128, 128)]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A segment before it has a place in a batch. first: its first computed token; holes: slots that are not read."""
+
+    length: int
+    first: int
+    table: Tensor
+    holes: int = 0
+
+    def segment(self, start: int, block_size: int) -> Segment:
+        slots = slots_of(self.table, 0, self.length, block_size)
+        return Segment(
+            start, start + self.length - self.first, slots[self.first :], slots[self.holes :] if self.first else None
+        )
+
+
+class Setup:
+    """The same random keys and values in both kinds of pages, behind random block tables."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int) -> None:
+        self.heads, self.kv_heads, self.head_dim, self.block_size = shape
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(seed)
+        self.packed = PackedKVCache(1, 40, self.block_size, self.kv_heads, self.head_dim, dtype)
+        self.plain = PagedKVCache(1, 40, self.block_size, self.kv_heads, self.head_dim, dtype)
+        everything = torch.arange(40 * self.block_size)
+        key, value = self.random(everything.numel(), self.kv_heads), self.random(everything.numel(), self.kv_heads)
+        for cache in (self.packed, self.plain):
+            cache.write(0, everything, key, value)
+        self._free = torch.randperm(40, generator=self.generator).tolist()
+
+    def random(self, tokens: int, heads: int) -> Tensor:
+        return torch.randn(tokens, heads, self.head_dim, generator=self.generator).to(self.dtype)
+
+    def part(self, length: int, first: int, holes: int = 0) -> Part:
+        table = torch.tensor([self._free.pop() for _ in range(blocks_needed(length, self.block_size))])
+        return Part(length, first, table, holes)
+
+    def inputs(self, parts: list[Part]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [
+            (self.random(rows, self.heads), self.random(rows, self.kv_heads), self.random(rows, self.kv_heads))
+            for rows in (part.length - part.first for part in parts)
+        ]
+
+    def kernel(self, segments: list[Segment]) -> CpuPagedAttention:
+        return CpuPagedAttention(self.packed, self.heads, segments, self.head_dim**-0.5)
+
+    def reference(self, segments: list[Segment]) -> TorchPagedAttention:
+        return TorchPagedAttention(self.plain, segments, self.head_dim**-0.5)
+
+    def segments(self, parts: list[Part]) -> list[Segment]:
+        segments: list[Segment] = []
+        for part in parts:
+            segments.append(part.segment(segments[-1].end if segments else 0, self.block_size))
+        return segments
+
+
+def _packed(inputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (torch.cat(tensors) for tensors in zip(*inputs, strict=True))
+    return query, key, value
+
+
+def _both_pages_hold_the_same(setup: Setup) -> None:
+    everything = torch.arange(40 * setup.block_size)
+    for ours, theirs in zip(setup.packed.read(0, everything), setup.plain.read(0, everything), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@settings(max_examples=40)
+@given(
+    shape=st.sampled_from(SHAPES),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    sizes=st.lists(st.tuples(st.integers(1, 150), st.floats(0, 1), st.integers(0, 9)), min_size=1, max_size=5),
+    seed=st.integers(0, 1000),
+)
+def test_kernel_equals_the_reference_over_any_mix_of_steps(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, sizes: list[tuple[int, float, int]], seed: int
+) -> None:
+    """Full steps, response steps of any length, and, as nobody's prefix, some of a sequence's slots."""
+    setup = Setup(shape, dtype, seed)
+    parts = [
+        setup.part(length, first := int(share * (length - 1)), holes if first > holes > 6 else 0)
+        for length, share, holes in sizes
+    ]
+    segments, inputs = setup.segments(parts), _packed(setup.inputs(parts))
+    found, expected = setup.kernel(segments)(0, *inputs), setup.reference(segments)(0, *inputs)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=0)
+
+
+def test_response_steps_run_on_the_kernel_and_the_rest_on_torch() -> None:
+    setup = Setup(SHAPES[0], torch.float32, 0)
+    parts = [setup.part(70, 0), setup.part(100, 90), setup.part(64, 40, holes=5), setup.part(33, 32)]
+    attention = setup.kernel(setup.segments(parts))
+    assert [taken.segment.end - taken.segment.start for taken in attention._in_place] == [10, 1]
+
+
+def test_keys_behind_those_that_are_read_stay() -> None:
+    """Nobody reads so today; the slots that are cleared for the kernel must then not be somebody's."""
+    setup = Setup(SHAPES[0], torch.float32, 6)
+    part = setup.part(90, 60)
+    slots = slots_of(part.table, 0, 90, setup.block_size)
+    segments, inputs = [Segment(0, 30, slots[60:], slots[:70])], _packed(setup.inputs([part]))
+    found, expected = setup.kernel(segments)(0, *inputs), setup.reference(segments)(0, *inputs)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE[torch.float32], rtol=0)
+    _both_pages_hold_the_same(setup)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES[:2])
+def test_a_segments_output_does_not_depend_on_its_neighbours(shape: tuple[int, int, int, int], threads: int) -> None:
+    """Bit for bit: the kernel's own division of a batch among threads would show in the last ones."""
+    torch.set_num_threads(threads)
+    try:
+        setup = Setup(shape, torch.float32, 5)
+        parts = [setup.part(300, 268), setup.part(77, 0), setup.part(280, 267), setup.part(40, 7), setup.part(310, 246)]
+        inputs = setup.inputs(parts)
+        together = setup.kernel(setup.segments(parts))(0, *_packed(inputs))
+        for part, own, found in zip(
+            parts, inputs, together.split([part.length - part.first for part in parts]), strict=True
+        ):
+            assert torch.equal(setup.kernel(setup.segments([part]))(0, *own), found)
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("rubbish", [float("inf"), float("nan")])
+def test_what_a_former_owner_left_in_a_block_is_not_seen(rubbish: float) -> None:
+    setup = Setup(SHAPES[0], torch.float32, 3)
+    part = setup.part(70, 50)
+    segments, inputs = setup.segments([part]), _packed(setup.inputs([part]))
+    expected = setup.kernel(segments)(0, *inputs)
+    behind = slots_of(part.table, 70, 96, setup.block_size)
+    left = torch.full((26, setup.kv_heads, setup.head_dim), rubbish)
+    setup.packed.write(0, behind, left, left)
+    assert torch.equal(setup.kernel(segments)(0, *inputs), expected)
+
+
+def test_scored_segments_are_scored_alike() -> None:
+    setup = Setup(SHAPES[1], torch.float32, 9)
+    parts = [setup.part(90, 60), setup.part(50, 40)]
+    inputs = _packed(setup.inputs(parts))
+    scored = []
+    for attention in (setup.kernel, setup.reference):
+        scores = AttentionScores(torch.arange(4, 30), torch.arange(20), setup.heads, 1)
+        first, second = setup.segments(parts)
+        attention([Segment(first.start, first.end, first.write_slots, first.read_slots, scores), second])(0, *inputs)
+        scored.append(scores.by_row())
+    assert torch.equal(*scored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_written_is_read(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    setup = Setup(shape, dtype, 1)
+    _both_pages_hold_the_same(setup)
+    slots = torch.randperm(40 * setup.block_size, generator=setup.generator)[:77]
+    key, value = setup.random(77, setup.kv_heads), setup.random(77, setup.kv_heads)
+    for cache in (setup.packed, setup.plain):
+        cache.write(0, slots, key, value)
+        cache.write(0, slots[:0], key[:0], value[:0])
+    _both_pages_hold_the_same(setup)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_compaction_moves_packed_pages_like_any_others(data: st.DataObject) -> None:
+    """Bit for bit, of the sequence and of all others; so it equals a fresh write as theirs does (test_compaction)."""
+    setup = Setup(
+        data.draw(st.sampled_from(SHAPES)), data.draw(st.sampled_from(list(TOLERANCE))), data.draw(st.integers(0, 99))
+    )
+    length = data.draw(st.integers(1, 300))
+    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, length - 1), min_size=1))))
+    positions = torch.arange(kept.numel()) if data.draw(st.booleans()) else kept
+    plan = plan_compaction(setup.part(length, 0).table, kept, kept, positions, setup.block_size)
+    caches: list[KVPages] = [setup.packed, setup.plain]
+    for cache in caches:
+        compact(cache, plan, Rotary(setup.head_dim, 1e4))
+    _both_pages_hold_the_same(setup)
+
+
+def test_compacted_pages_equal_freshly_written_ones() -> None:
+    setup = Setup(SHAPES[1], torch.float32, 4)
+    part = setup.part(200, 0)
+    kept = torch.arange(0, 200, 3)
+    survivors = setup.packed.read(0, slots_of(part.table, 0, 200, setup.block_size))
+    fresh = PackedKVCache(1, 40, setup.block_size, setup.kv_heads, setup.head_dim, torch.float32)
+    slots = slots_of(part.table, 0, kept.numel(), setup.block_size)
+    fresh.write(0, slots, survivors[0][kept], survivors[1][kept])
+    compact(setup.packed, plan_compaction(part.table, kept, kept, kept, setup.block_size), Rotary(64, 1e4))
+    whole = part.table[: kept.numel() // setup.block_size]
+    assert torch.equal(setup.packed.keys[0][whole], fresh.keys[0][whole])
+    assert torch.equal(setup.packed.values[0][whole], fresh.values[0][whole])
