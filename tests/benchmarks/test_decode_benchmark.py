@@ -98,7 +98,6 @@ def test_every_policy_gets_a_ceiling_from_the_tokens_it_computed(tmp_path: Path)
     assert rows["uniform 25%"]["flops"] < rows["redvtp 25%"]["flops"] < rows["uniform 50%"]["flops"]
 
 
-@pytest.mark.skipif("threshold" not in DenoisingParams.__slots__, reason="there is no decoding by confidence yet")
 def test_thresholds_stand_beside_fixed_steps(tmp_path: Path) -> None:
     command = [BENCHMARKS / "decode.py", *TINY, "--cache", "none", "--repeats", "1", "--keep", "25"]
     done = subprocess.run(
