@@ -7,13 +7,29 @@ once and refused with the same sentence everywhere. The messages are fit for an 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 CACHES = ("none", "prefix", "prefix_lm")
 REMASKINGS = ("low_confidence", "entropy", "margin", "random")
 SCHEDULES = ("even", "linear", "shift", "cosine", "logit_normal", "dream")
-PRESETS = ("redvtp", "random", "uniform", "none")
+PRESETS = (
+    "redvtp",
+    "llada-fastv",
+    "fastv",
+    "late",
+    "progressive",
+    "zipvl",
+    "layer-skip",
+    "attention-free",
+    "external",
+    "random",
+    "uniform",
+    "none",
+)
 POSITIONS = ("compact", "original")
+SCORE_ROWS = ("masked", "response", "prompt", "prompt_response", "committed")
+SCOPES = ("all", "image")
 
 # One of these in a draft is one token to fill in.
 MASK_MARK = "<mask>"
@@ -25,6 +41,8 @@ MAX_TEXT_LENGTH = 1 << 16
 # Beyond these a schedule is a single jump, and float32 no longer knows the curve.
 SCHEDULE_SHIFTS = (0.001, 1000)
 _SHOWN_LENGTH = 120
+# A layer, or a range of them.
+_LAYERS = re.compile(r"\d{1,4}(:\d{1,4})?")
 
 
 def shown(value: object) -> str:
@@ -155,12 +173,27 @@ class DenoisingParams:
 
 @dataclass(frozen=True, slots=True)
 class PruningParams:
-    """When and how visual tokens are dropped (RedVTP, arXiv 2511.12428, section 3).
+    """When and how visual tokens are dropped. What None stands for is the preset's (`redvtp.pruning.policy`).
 
-    preset: `redvtp` prunes once, after the first denoising step, by attention; `random` and `uniform` (evenly spaced)
-    prune then without looking, to compare with; `none` keeps every visual token.
+    preset: `redvtp` prunes once, after the first denoising step, by attention (arXiv 2511.12428, section 3);
+    `llada-fastv` (arXiv 2601.20168) and `fastv` (arXiv 2403.06764) inside that step, half way down or behind the second
+    layer; `late` after half of the steps, `progressive` in several prunings, `zipvl` (arXiv 2410.08584) as much as the
+    attention allows; `layer-skip` (arXiv 2511.15098) drops nothing but spares the deeper layers the visual tokens;
+    `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's own
+    `importance`; `random` and `uniform` (evenly spaced) prune after the first step without looking, to compare with;
+    `none` keeps every visual token.
     keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays.
     positions: `compact` renumbers the survivors 0..n-1 (the reference), `original` keeps the positions they had.
+    score_rows: whose attention counts: response positions that are still undecided after the step (`masked`), the whole
+    `response`, the `prompt`'s text, `prompt_response`, or what the step has just `committed`.
+    score_layers: which layers' attention counts, one (`7`) or a range without its end (`12:24`).
+    attention_mass: keep the smallest set of tokens that holds this share of all importance, instead of keep_ratio.
+    min_keep_ratio, max_keep_ratio: the least and the most that attention_mass may keep, as shares.
+    prune_step: the denoising step, from 0, after which tokens are dropped for the first time.
+    prune_steps: over how many steps the share falls to keep_ratio.
+    prune_layer: drop inside the step, behind this layer (from 0); with `layer-skip` the last one with visual tokens.
+    prune_scope: the best of `all` images together, or of each `image` by itself.
+    importance: one number for each visual token of the request, for `external`.
 
     Raises ValueError naming the knob, the value and what is allowed.
     """
@@ -168,9 +201,49 @@ class PruningParams:
     preset: str = "redvtp"
     keep_ratio: float = 0.5
     positions: str = "compact"
+    score_rows: str | None = None
+    score_layers: str | None = None
+    attention_mass: float | None = None
+    min_keep_ratio: float = 0.05
+    max_keep_ratio: float = 1.0
+    prune_step: int | None = None
+    prune_steps: int | None = None
+    prune_layer: int | None = None
+    prune_scope: str = "all"
+    importance: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("pruning", self.preset, PRESETS)
-        if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must be a number in (0, 1], got {shown(self.keep_ratio)}")
+        _share("keep_ratio", self.keep_ratio)
         _one_of("positions", self.positions, POSITIONS)
+        if self.score_rows is not None:
+            _one_of("score_rows", self.score_rows, SCORE_ROWS)
+        if self.score_layers is not None and not _LAYERS.fullmatch(str(self.score_layers)):
+            raise ValueError(f"score_layers must be a layer N or a range A:B, got {shown(self.score_layers)}")
+        if self.attention_mass is not None:
+            _share("attention_mass", self.attention_mass)
+        _share("min_keep_ratio", self.min_keep_ratio)
+        _share("max_keep_ratio", self.max_keep_ratio)
+        if self.min_keep_ratio > self.max_keep_ratio:
+            raise ValueError(
+                f"min_keep_ratio must be at most max_keep_ratio ({self.max_keep_ratio}), got {self.min_keep_ratio}"
+            )
+        if self.prune_step is not None:
+            _integer("prune_step", self.prune_step, 0)
+        if self.prune_steps is not None:
+            _integer("prune_steps", self.prune_steps, 1)
+        if self.prune_layer is not None:
+            _integer("prune_layer", self.prune_layer, 0)
+        _one_of("prune_scope", self.prune_scope, SCOPES)
+        if not isinstance(self.importance, tuple) or not all(map(_is_number, self.importance)):
+            raise ValueError(f"importance must be finite numbers, got {shown(self.importance)}")
+        if (self.preset == "external") != bool(self.importance):
+            raise ValueError(
+                "importance must have one number for each visual token with pruning external, and only then, "
+                f"got {len(self.importance)} with pruning {self.preset}"
+            )
+
+
+def _share(name: str, value: object) -> None:
+    if not _is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number in (0, 1], got {shown(value)}")
