@@ -23,9 +23,10 @@ from redvtp.kv.compaction import CompactionPlan, compact, joined, plan_compactio
 from redvtp.kv.rewriting import RewritingAttention
 from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
-from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
+from redvtp.pruning.budget import survivors
+from redvtp.pruning.features import feature_importance
 from redvtp.pruning.scores import AttentionScores, masked_row_importance
-from redvtp.sequence import PruningReport, Sequence, StepPlan, StepReport
+from redvtp.sequence import BEFORE_ALL_STEPS, PruningReport, Sequence, StepPlan, StepReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,26 @@ class DenoisingRunner:
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
 
     @torch.inference_mode()
+    def prune_before(self, sequence: Sequence) -> None:
+        """Drop what the policy keeps from even the first forward. To be called once, before the sequence's first step;
+        from then on it needs blocks for the survivors only."""
+        policy = sequence.policy
+        if policy is None or policy.before is None or sequence.num_visual == 0:
+            return
+        if policy.source == "features":
+            with self.clock.measure("score"):
+                visual = sequence.prompt_embeds.index_select(0, sequence.visual_rows.to(self.model.device))
+                importance = self._agree(feature_importance(visual).to(self.model.device)).cpu()
+        else:
+            importance = torch.tensor(policy.importance)
+        before = sequence.num_visual
+        kept = survivors(policy, policy.before, importance, sequence.image_of, sequence.images)
+        if kept.numel() < before:
+            with self.clock.measure("compaction"):
+                sequence.drop_visual(kept)
+        sequence.unreported = _report(BEFORE_ALL_STEPS, importance, kept)
+
+    @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
         """One denoising step of every sequence. Returns a report for each, in order."""
         plans = [sequence.next_step() for sequence in batch]
@@ -107,9 +128,10 @@ class DenoisingRunner:
                     finish_reason=sequence.finish_reason,
                     next_tokens=0 if sequence.finished else sequence.next_step().tokens_computed,
                     resume_tokens=0 if sequence.finished else sequence.resume_tokens(),
-                    pruning=prunings.get(id(sequence)),
+                    pruning=prunings.get(id(sequence), sequence.unreported),
                 )
             )
+            sequence.unreported = None
         return reports
 
     @torch.inference_mode()
@@ -169,25 +191,29 @@ class DenoisingRunner:
                 sequence.note_origin()
         undecided = [sequence.canvas.masked() for sequence in batch]
         steps = [sequence.steps_done for sequence in batch]
-        pruning_due = [sequence.prunes_next() for sequence in batch]
+        shares = [sequence.share_next() for sequence in batch]
         still_masked: list[Tensor] = []
+        counting: list[Tensor] = []
         for sequence, before, committed in zip(batch, undecided, self._commit(batch, packed), strict=True):
             if self.model.config.family.scores_proposed_masks:
                 after = sequence.canvas.masked()
             else:
                 # A committed row is decided even if the model proposed the mask id for it.
                 after = before.index_fill(0, committed, False)
-            still_masked.append(after[before])
-        importances = self._importances(packed.segments, still_masked)
+            still_masked.append(after)
+            just_committed = torch.zeros_like(before).index_fill(0, committed, True)
+            counting.append(just_committed if sequence.score_rows == "committed" else after)
+        # With nothing left to decide there is nothing to prune for.
+        going_on = [bool(masked.any()) for masked in still_masked]
+        importances = self._importances(batch, packed, counting, going_on)
         prunings: dict[int, PruningReport] = {}
         moves: list[CompactionPlan] = []
         for index, sequence in enumerate(batch):
-            importance = importances.get(index)
+            importance, share = importances.get(index), shares[index]
             if importance is not None and self.observe is not None:
                 self.observe(sequence, steps[index], importance)
-            # With nothing left to decide there is nothing to prune for.
-            if pruning_due[index] and bool(still_masked[index].any()):
-                prunings[id(sequence)] = self._prune(sequence, importance, steps[index], moves)
+            if share is not None and going_on[index]:
+                prunings[id(sequence)] = self._prune(sequence, share, importance, steps[index], moves)
         if moves:
             with self.clock.measure("compaction"):
                 compact(self.cache, joined(moves), self.model.language_model.rotary)
@@ -235,13 +261,14 @@ class DenoisingRunner:
         scores = None
         observed = self.observe is not None and plan.kind == "full" and sequence.num_visual > 0
         if observed or sequence.scores_next():
-            canvas_rows = sequence.prompt_length + sequence.canvas.masked().nonzero()[:, 0]
+            policy = sequence.policy
             scores = AttentionScores(
-                (canvas_rows - plan.first).to(device),
+                (sequence.scored_rows(plan.start) - plan.first).to(device),
                 sequence.visual_rows.to(device),
                 config.num_attention_heads,
-                config.num_hidden_layers,
+                range(*policy.layers) if policy is not None else range(config.num_hidden_layers),
                 self.clock,
+                averaged=sequence.score_rows not in ("masked", "committed"),
             )
         return Segment(
             start=first_row,
@@ -277,48 +304,56 @@ class DenoisingRunner:
             committed.append(masked[chosen])
         return committed
 
-    def _importances(self, segments: list[Segment], still_masked: list[Tensor]) -> dict[int, Tensor]:
-        """[visual] float32 on the CPU, for each segment that was scored and has something left to decide."""
+    def _importances(
+        self, batch: list[Sequence], packed: PackedStep, counting: list[Tensor], going_on: list[bool]
+    ) -> dict[int, Tensor]:
+        """[visual] float32 on the CPU, for each sequence that was scored and goes on.
+
+        counting: for each sequence [gen_length] bool, the canvas rows whose attention counts.
+        """
         found = {
             index: segment.scores
-            for index, (segment, masked) in enumerate(zip(segments, still_masked, strict=True))
-            if segment.scores is not None and bool(masked.any())
+            for index, segment in enumerate(packed.segments)
+            if segment.scores is not None and going_on[index]
         }
         if not found:
             return {}
         with self.clock.measure("score"):
-            return self._mean_over_masked(found, still_masked)
+            scored = self._summed_over_ranks({index: scores.by_row() for index, scores in found.items()})
+            means = []
+            for index, rows in scored.items():
+                if found[index].averaged:
+                    means.append(rows[0])
+                    continue
+                canvas_rows = found[index].rows + (packed.plans[index].first - batch[index].prompt_length)
+                means.append(masked_row_importance(rows, counting[index].to(rows.device)[canvas_rows]))
+            agreed = self._agree(torch.cat(means)).cpu()
+            return dict(zip(scored, agreed.split([part.numel() for part in means]), strict=True))
 
-    def _mean_over_masked(self, found: dict[int, AttentionScores], still_masked: list[Tensor]) -> dict[int, Tensor]:
-        scored = {index: scores.by_row() for index, scores in found.items()}
-        if self._reduce_scores is not None:
-            # Once for all of them.
-            summed = self._reduce_scores(torch.cat([rows.flatten() for rows in scored.values()]))
-            parts = summed.split([rows.numel() for rows in scored.values()])
-            scored = {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
-        means = [masked_row_importance(rows, still_masked[index].to(rows.device)) for index, rows in scored.items()]
-        agreed = self._agree(torch.cat(means)).cpu()
-        return dict(zip(scored, agreed.split([part.numel() for part in means]), strict=True))
+    def _summed_over_ranks(self, scored: dict[int, Tensor]) -> dict[int, Tensor]:
+        if self._reduce_scores is None:
+            return scored
+        # Once for all of them.
+        summed = self._reduce_scores(torch.cat([rows.flatten() for rows in scored.values()]))
+        parts = summed.split([rows.numel() for rows in scored.values()])
+        return {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
 
     def _prune(
-        self, sequence: Sequence, importance: Tensor | None, step: int, moves: list[CompactionPlan]
+        self, sequence: Sequence, share: float, importance: Tensor | None, step: int, moves: list[CompactionPlan]
     ) -> PruningReport:
         """Drop the least important visual tokens, or those a control picks. `moves` gets what the pages need."""
-        before = sequence.num_visual
-        keep = tokens_to_keep(before, sequence.pruning.keep_ratio)
-        if sequence.pruning.preset == "random":
+        policy, before = sequence.policy, sequence.num_visual
+        assert policy is not None
+        if policy.source == "random":
             importance = torch.rand(before, generator=sequence.generator)
-            kept = most_important(importance, keep)
-        elif sequence.pruning.preset == "uniform":
+        elif policy.source == "uniform":
             importance = torch.ones(before)
-            kept = evenly_spaced(before, keep)
-        else:
-            assert importance is not None
-            kept = most_important(importance, keep)
+        assert importance is not None
+        kept = survivors(policy, share, importance, sequence.image_of, sequence.images)
         if kept.numel() < before:
             with self.clock.measure("compaction"):
                 self._drop(sequence, kept, moves)
-        return PruningReport(step, None, before, kept.numel(), importance.tolist(), kept.tolist())
+        return _report(step, importance, kept)
 
     def _drop(self, sequence: Sequence, kept: Tensor, moves: list[CompactionPlan]) -> None:
         table = torch.tensor(sequence.block_table, device=self.model.device)
@@ -331,3 +366,7 @@ class DenoisingRunner:
             assert sequence.origin is not None, "pages that are kept came from somewhere"
             sequence.origin.moves.append((rows, new_positions - old_positions))
         del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]
+
+
+def _report(step: int, importance: Tensor, kept: Tensor) -> PruningReport:
+    return PruningReport(step, None, importance.numel(), kept.numel(), importance.tolist(), kept.tolist())
