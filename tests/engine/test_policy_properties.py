@@ -142,7 +142,7 @@ def _free_of_each_other(batch: list[Sequence], block_size: int) -> None:
     assert len(set(slots)) == len(slots)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(batch=st.lists(_requests(), min_size=1, max_size=4), block_size=st.sampled_from([1, 3, 8, 32]))
 def test_memory_and_scores_whatever_the_policies(engine: EngineFactory, batch: list[_Request], block_size: int) -> None:
     local = engine("tiny-llada-v")
@@ -175,7 +175,7 @@ def test_memory_and_scores_whatever_the_policies(engine: EngineFactory, batch: l
 
 
 @given(request=_requests())
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_no_policy_looks_at_its_neighbours(engine: EngineFactory, request: _Request) -> None:
     local = engine("tiny-llada-v")
     other = _Request(DenoisingParams(gen_length=9, ignore_eos=True), PruningParams(keep_ratio=0.3), ((2, 20),), 22)
