@@ -95,12 +95,14 @@ class DiffusionModelRunner:
             self.sequences.pop(request_id, None)
         self._suspend_and_resume(scheduler_output)
         errors: dict[str, str] = {}
+        # What is dropped before a first step is scored as it is added.
+        clock = self._engine.clock
+        before = dict(clock.seconds)
         self._add(scheduler_output.scheduled_new_reqs, errors)
         scheduled = list(scheduler_output.num_scheduled_tokens)
         if not scheduled:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        started, clock = time.perf_counter(), self._engine.clock
-        before = dict(clock.seconds)
+        started = time.perf_counter()
         reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
         return DenoisingOutput(
             req_ids=scheduled,

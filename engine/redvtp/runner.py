@@ -205,14 +205,15 @@ class DenoisingRunner:
             counting.append(just_committed if sequence.score_rows == "committed" else after)
         # With nothing left to decide there is nothing to prune for.
         going_on = [bool(masked.any()) for masked in still_masked]
-        importances = self._importances(batch, packed, counting, going_on)
+        importances = self._importances(packed, batch, counting, going_on)
         prunings: dict[int, PruningReport] = {}
         moves: list[CompactionPlan] = []
         for index, sequence in enumerate(batch):
             importance, share = importances.get(index), shares[index]
             if importance is not None and self.observe is not None:
                 self.observe(sequence, steps[index], importance)
-            if share is not None and going_on[index]:
+            blind = sequence.policy is not None and sequence.policy.source != "attention"
+            if share is not None and going_on[index] and (blind or importance is not None):
                 prunings[id(sequence)] = self._prune(sequence, share, importance, steps[index], moves)
         if moves:
             with self.clock.measure("compaction"):
@@ -305,16 +306,18 @@ class DenoisingRunner:
         return committed
 
     def _importances(
-        self, batch: list[Sequence], packed: PackedStep, counting: list[Tensor], going_on: list[bool]
+        self, packed: PackedStep, batch: list[Sequence], counting: list[Tensor], going_on: list[bool]
     ) -> dict[int, Tensor]:
-        """[visual] float32 on the CPU, for each sequence that was scored and goes on.
+        """[visual] float32 on the CPU, for each sequence that was scored, goes on and has a row that counts.
 
         counting: for each sequence [gen_length] bool, the canvas rows whose attention counts.
         """
         found = {
             index: segment.scores
-            for index, segment in enumerate(packed.segments)
-            if segment.scores is not None and going_on[index]
+            for index, (segment, plan) in enumerate(zip(packed.segments, packed.plans, strict=True))
+            if segment.scores is not None
+            and going_on[index]
+            and (segment.scores.averaged or bool(counting[index][plan.start :].any()))
         }
         if not found:
             return {}

@@ -264,7 +264,8 @@ class Sequence:
         """
         rows = self.score_rows
         if rows == "masked":
-            canvas = self.canvas.masked().nonzero()[:, 0]
+            # In a response step not those of finished blocks, where the model may have proposed the mask id.
+            canvas = start + self.canvas.masked()[start:].nonzero()[:, 0]
         elif rows == "committed":
             canvas = self.canvas.masked_rows(start)
         else:

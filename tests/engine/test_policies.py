@@ -378,3 +378,41 @@ def test_pages_after_several_prunings_are_those_of_a_fresh_cache(
             expected_keys, expected_values = fresh(layer)
             torch.testing.assert_close(stored_keys, expected_keys, atol=3e-5, rtol=1e-5)
             assert torch.equal(stored_values, expected_values)
+
+
+def test_a_step_that_scores_rows_it_would_read_is_a_full_one(engine: EngineFactory) -> None:
+    local = engine(CHECKPOINT)
+    cached = replace(DENOISING, cache="prefix")
+
+    def kinds(**knobs: Any) -> list[str]:
+        (generation,) = local.generate([_request(local, cached, PruningParams(keep_ratio=0.3, **knobs))])
+        return [step.kind for step in generation.steps]
+
+    usual = ["full", *["response"] * 3, "full", *["response"] * 3]
+    assert kinds() == usual
+    assert kinds(score_rows="masked", prune_step=2, prune_steps=4) == usual
+    assert kinds(score_rows="committed", prune_step=5) == usual
+    # Its rows are computed in the first canvas block, and no longer in the second.
+    assert kinds(score_rows="response", prune_step=2) == usual
+    assert kinds(score_rows="response", prune_step=5) == [*usual[:5], "full", *usual[6:]]
+    assert kinds(score_rows="prompt", prune_step=2) == [*usual[:2], "full", *usual[3:]]
+
+
+@torch.inference_mode()
+def test_undecided_positions_of_finished_blocks_are_not_scored_in_response_steps(engine: EngineFactory) -> None:
+    """A model may propose the mask id; a response step does not compute such a position of an earlier block."""
+    local = engine(CHECKPOINT)
+    request = _request(local, replace(DENOISING, cache="prefix"), PruningParams(keep_ratio=0.3, prune_step=5))
+
+    def pruning(undecided_again: bool) -> PruningReport:
+        sequence = _sequence(local, request)
+        for _ in range(5):
+            local.runner.step([sequence])
+        if undecided_again:
+            sequence.canvas.tokens[2] = local.special.mask_id
+        (report,) = local.runner.step([sequence])
+        assert report.kind == "response"
+        assert report.pruning is not None
+        return report.pruning
+
+    assert pruning(undecided_again=True) == pruning(undecided_again=False)

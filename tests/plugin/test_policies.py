@@ -138,7 +138,7 @@ def test_a_policy_that_cannot_be_is_refused(llm: LLM, knobs: dict[str, Any], mes
 def test_a_servers_policy_is_its_own_and_bends_to_short_canvases(llm_factory: Callable[..., LLM]) -> None:
     """What it says of its preset does not follow a request to another one."""
     defaults = {"pruning": "zipvl", "attention_mass": 0.9, "prune_step": 6, "prune_steps": 3}
-    llm = llm_factory("tiny-llada-v", additional_config={"redvtp": defaults}, num_gpu_blocks_override=40)
+    llm = llm_factory("tiny-llada-v", additional_config={"redvtp": defaults}, max_model_len=1024)
 
     def prunings(max_tokens: int, **knobs: Any) -> list[int]:
         sampling = SamplingParams(
