@@ -6,26 +6,29 @@ driver (`LocalEngine`, or vLLM's worker through vllm_redvtp) owns admission and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, count
 
 import torch
 from torch import Tensor
 
-from redvtp.attention.batch import Segment
+from redvtp.attention.batch import Attention, Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.clock import Clock
+from redvtp.cuts import StepCuts, rest_of_origin, rest_of_withdrawal
 from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of_all
 from redvtp.kv.cache import PagedKVCache
-from redvtp.kv.compaction import CompactionPlan, compact, joined, plan_compaction
-from redvtp.kv.rewriting import RewritingAttention
+from redvtp.kv.compaction import CompactionPlan, compact_each, plan_compaction
+from redvtp.kv.rewriting import Move, OriginCut, RewritingAttention
 from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
 from redvtp.pruning.scores import AttentionScores, masked_row_importance
 from redvtp.sequence import PruningReport, Sequence, StepPlan, StepReport
+from redvtp.stages import Passed, Rest, Shorten, run_in_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,13 @@ class PackedStep:
     """The forward of one step.
 
     hidden: [tokens, hidden] of all sequences, before the final norm. segments: whose rows are whose. plans: what was
-    computed.
+    computed. cuts: what left half way.
     """
 
     hidden: Tensor
     segments: list[Segment]
     plans: list[StepPlan]
+    cuts: StepCuts
 
     def logit_rows(self, index: int, sequence: Sequence, canvas_rows: Tensor) -> Tensor:
         """Packed rows whose logits are about canvas_rows [rows] of sequence `index`; they lie at or after its plan's
@@ -74,6 +78,8 @@ class DenoisingRunner:
         self._agree = agree or (lambda numbers: numbers)
         self.clock = Clock(model.device)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
+        # By the `id` of a sequence, its rows in this step summed over the layers they went through.
+        self._row_layers: Counter[int] = Counter()
 
     @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
@@ -81,6 +87,7 @@ class DenoisingRunner:
         plans = [sequence.next_step() for sequence in batch]
         positions = [(sequence.canvas.block, sequence.steps_done) for sequence in batch]
         held = [blocks_needed(sequence.total_length, self.cache.block_size) for sequence in batch]
+        self._row_layers.clear()
         self.rewrite_pages(batch)
         self.encode_prompts([sequence for sequence in batch if sequence.encodes_prompt_next()])
         # An end token right behind the prompt leaves nothing to denoise.
@@ -95,7 +102,7 @@ class DenoisingRunner:
                     step=step,
                     canvas_block=block,
                     kind=plan.kind,
-                    tokens_computed=plan.tokens_computed,
+                    tokens_computed=-(-self._row_layers[id(sequence)] // self.model.config.num_hidden_layers),
                     kv_tokens=sequence.total_length,
                     kv_blocks=blocks,
                     blocks_freed=before - blocks,
@@ -124,16 +131,22 @@ class DenoisingRunner:
                     for part in (origin.prompt_embeds, response)]  # fmt: skip
             ends = list(accumulate(origin.tokens for origin in origins))
             segments = [Segment(start, end, write_slots=None) for start, end in zip([0, *ends], ends, strict=False)]
-            attention = RewritingAttention(
-                self._attention(segments),
+            sequences = [sequence for sequence, _ in lost]
+            slots = self._slots(sequences, [sequence.next_step().first for sequence in sequences])
+
+            def attention(stage: list[Segment]) -> Attention:
+                rotary = self.model.language_model.rotary
+                return RewritingAttention(self._attention(stage), stage, origins, slots, self.cache, rotary)
+
+            self._run(
+                sequences,
+                torch.cat(rows),
+                torch.cat([origin.positions for origin in origins]),
                 segments,
-                origins,
-                self._slots([sequence for sequence, _ in lost], [sequence.next_step().first for sequence, _ in lost]),
-                self.cache,
-                self.model.language_model.rotary,
+                attention,
+                {index: origin.cut.layer for index, origin in enumerate(origins) if origin.cut is not None},
+                lambda indices, _: [rest_of_origin(origins[index]) for index in indices],
             )
-            positions = torch.cat([origin.positions for origin in origins])
-            self.model.language_model(torch.cat(rows), positions, attention)
         for sequence in batch:
             sequence.pages_lost = False
 
@@ -147,14 +160,24 @@ class DenoisingRunner:
             return
         lengths = [sequence.prompt_length for sequence in batch]
         ends = list(accumulate(lengths))
-        segments = [Segment(*part) for part in zip([0, *ends], ends, self._slots(batch, lengths), strict=False)]
-        for sequence in batch:
-            sequence.note_origin()
+        slots = self._slots(batch, lengths)
+        segments = [Segment(*part) for part in zip([0, *ends], ends, slots, strict=False)]
+        cuts: dict[int, int] = {}
+        rests: dict[int, Rest] = {}
+        for index, sequence in enumerate(batch):
+            if (layer := sequence.withdraws_behind) is None:
+                sequence.note_origin()
+            else:
+                cuts[index], rests[index] = layer, rest_of_withdrawal(sequence, 0, slots[index])
+                sequence.note_origin(OriginCut(layer, rests[index].rows, rests[index].positions, in_place=True))
         rows = torch.cat([sequence.prompt_embeds for sequence in batch])
         positions = torch.cat([sequence.prompt_positions for sequence in batch])
-        hidden = self.model.language_model(rows, positions, self._attention(segments))
+        passed = self._run(
+            batch, rows, positions, segments, self._attention, cuts, lambda indices, _: [rests[i] for i in indices]
+        )
         if self.model.config.family.shifted_logits:
-            last = self._logits(hidden[torch.tensor(ends, device=hidden.device) - 1])
+            ends = [segment.end for segment in passed.segments]
+            last = self._logits(passed.hidden[torch.tensor(ends, device=self.model.device) - 1])
             first = self._agree(last[:, : self.special.vocab].argmax(-1))
             for sequence, token in zip(batch, first.tolist(), strict=True):
                 sequence.canvas.decide(0, token)
@@ -164,9 +187,9 @@ class DenoisingRunner:
         if not batch:
             return {}
         packed = self.forward(batch)
-        for sequence, plan in zip(batch, packed.plans, strict=True):
+        for index, (sequence, plan) in enumerate(zip(batch, packed.plans, strict=True)):
             if sequence.denoising.cache == "prefix" and plan.kind == "full":
-                sequence.note_origin()
+                sequence.note_origin(packed.cuts.of_origin(index))
         undecided = [sequence.canvas.masked() for sequence in batch]
         steps = [sequence.steps_done for sequence in batch]
         pruning_due = [sequence.prunes_next() for sequence in batch]
@@ -178,19 +201,25 @@ class DenoisingRunner:
                 # A committed row is decided even if the model proposed the mask id for it.
                 after = before.index_fill(0, committed, False)
             still_masked.append(after[before])
-        importances = self._importances(packed.segments, still_masked)
+        importances = self._importances(packed, still_masked)
         prunings: dict[int, PruningReport] = {}
-        moves: list[CompactionPlan] = []
+        moves: list[tuple[range, CompactionPlan]] = []
         for index, sequence in enumerate(batch):
-            importance = importances.get(index)
+            inside = packed.cuts.dropped.get(index)
+            importance = importances.get(index) if inside is None else inside.importance
             if importance is not None and self.observe is not None:
                 self.observe(sequence, steps[index], importance)
+            if inside is not None:
+                layer = packed.cuts.layers[index]
+                prunings[id(sequence)] = self._drop(
+                    sequence, inside.importance, inside.kept, steps[index], moves, layer, packed.plans[index].first
+                )
             # With nothing left to decide there is nothing to prune for.
-            if pruning_due[index] and bool(still_masked[index].any()):
+            elif pruning_due[index] and bool(still_masked[index].any()):
                 prunings[id(sequence)] = self._prune(sequence, importance, steps[index], moves)
         if moves:
             with self.clock.measure("compaction"):
-                compact(self.cache, joined(moves), self.model.language_model.rotary)
+                compact_each(self.cache, moves, self.model.language_model.rotary)
         for sequence in batch:
             # Not a moment longer: it may hold the embeddings of the tokens that were dropped.
             if sequence.finished or sequence.next_step().first == 0:
@@ -199,7 +228,7 @@ class DenoisingRunner:
 
     @torch.inference_mode()
     def forward(self, batch: list[Sequence]) -> PackedStep:
-        """The model over every sequence's next step. Writes K/V pages; changes no sequence."""
+        """The model over every sequence's next step. Writes and moves K/V pages; changes no sequence."""
         plans = [sequence.next_step() for sequence in batch]
         canvas_starts = [max(0, plan.first - seq.prompt_length) for plan, seq in zip(plans, batch, strict=True)]
         ids = [ids for seq, start in zip(batch, canvas_starts, strict=True)
@@ -219,8 +248,28 @@ class DenoisingRunner:
             positions += [sequence.prompt_positions[plan.first :], counting[sequence.canvas_position + start : end]]
             segments.append(self._segment(sequence, plan, row, own))
             row = segments[-1].end
-        hidden = self.model.language_model(torch.cat(rows), torch.cat(positions), self._attention(segments))
-        return PackedStep(hidden, segments, plans)
+        rotary = self.model.language_model.rotary
+        cuts = StepCuts(batch, plans, slots, self.cache, rotary, self.clock, self._of_scored_rows, self._choose)
+        passed = self._run(
+            batch, torch.cat(rows), torch.cat(positions), segments, self._attention, cuts.layers, cuts.shorten
+        )
+        return PackedStep(passed.hidden, passed.segments, plans, cuts)
+
+    def _run(
+        self,
+        batch: list[Sequence],
+        rows: Tensor,
+        positions: Tensor,
+        segments: list[Segment],
+        attention: Callable[[list[Segment]], Attention],
+        cuts: Mapping[int, int],
+        shorten: Shorten,
+    ) -> Passed:
+        """See `run_in_stages`; counts what it takes."""
+        passed = run_in_stages(self.model.language_model, rows, positions, segments, attention, cuts, shorten)
+        for sequence, row_layers in zip(batch, passed.row_layers, strict=True):
+            self._row_layers[id(sequence)] += row_layers
+        return passed
 
     def _attention(self, segments: list[Segment]) -> TorchPagedAttention:
         return TorchPagedAttention(self.cache, segments, scale=self.model.config.head_dim**-0.5)
@@ -234,13 +283,20 @@ class DenoisingRunner:
         device, config = self.model.device, self.model.config
         scores = None
         observed = self.observe is not None and plan.kind == "full" and sequence.num_visual > 0
-        if observed or sequence.scores_next():
+        inside = sequence.drops_inside_next()
+        if observed or inside or sequence.scores_next():
+            # Where visual tokens are withdrawn nobody looks at them.
+            cut = sequence.withdraws_behind
+            layers = range(config.num_hidden_layers if cut is None else cut + 1)
+            if inside:
+                assert sequence.policy is not None
+                layers = range(*sequence.policy.layers)
             canvas_rows = sequence.prompt_length + sequence.canvas.masked().nonzero()[:, 0]
             scores = AttentionScores(
                 (canvas_rows - plan.first).to(device),
                 sequence.visual_rows.to(device),
                 config.num_attention_heads,
-                config.num_hidden_layers,
+                layers,
                 self.clock,
             )
         return Segment(
@@ -277,19 +333,27 @@ class DenoisingRunner:
             committed.append(masked[chosen])
         return committed
 
-    def _importances(self, segments: list[Segment], still_masked: list[Tensor]) -> dict[int, Tensor]:
+    def _importances(self, packed: PackedStep, still_masked: list[Tensor]) -> dict[int, Tensor]:
         """[visual] float32 on the CPU, for each segment that was scored and has something left to decide."""
         found = {
             index: segment.scores
-            for index, (segment, masked) in enumerate(zip(segments, still_masked, strict=True))
-            if segment.scores is not None and bool(masked.any())
+            for index, (segment, masked) in enumerate(zip(packed.segments, still_masked, strict=True))
+            if segment.scores is not None and index not in packed.cuts.dropped and bool(masked.any())
         }
         if not found:
             return {}
         with self.clock.measure("score"):
-            return self._mean_over_masked(found, still_masked)
+            return self._mean_over_masked(found, dict(enumerate(still_masked)))
 
-    def _mean_over_masked(self, found: dict[int, AttentionScores], still_masked: list[Tensor]) -> dict[int, Tensor]:
+    def _of_scored_rows(self, found: Mapping[int, AttentionScores]) -> dict[int, Tensor]:
+        """[visual] float32 on the CPU, for each of these scores: the mean over all of its rows."""
+        with self.clock.measure("score"):
+            everyone = {index: torch.ones_like(scores.rows, dtype=torch.bool) for index, scores in found.items()}
+            return self._mean_over_masked(found, everyone)
+
+    def _mean_over_masked(
+        self, found: Mapping[int, AttentionScores], still_masked: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
         scored = {index: scores.by_row() for index, scores in found.items()}
         if self._reduce_scores is not None:
             # Once for all of them.
@@ -301,7 +365,7 @@ class DenoisingRunner:
         return dict(zip(scored, agreed.split([part.numel() for part in means]), strict=True))
 
     def _prune(
-        self, sequence: Sequence, importance: Tensor | None, step: int, moves: list[CompactionPlan]
+        self, sequence: Sequence, importance: Tensor | None, step: int, moves: list[tuple[range, CompactionPlan]]
     ) -> PruningReport:
         """Drop the least important visual tokens, or those a control picks. `moves` gets what the pages need."""
         before = sequence.num_visual
@@ -315,19 +379,52 @@ class DenoisingRunner:
         else:
             assert importance is not None
             kept = most_important(importance, keep)
-        if kept.numel() < before:
-            with self.clock.measure("compaction"):
-                self._drop(sequence, kept, moves)
-        return PruningReport(step, None, before, kept.numel(), importance.tolist(), kept.tolist())
+        return self._drop(sequence, importance, kept, step, moves)
 
-    def _drop(self, sequence: Sequence, kept: Tensor, moves: list[CompactionPlan]) -> None:
+    def _choose(self, sequence: Sequence, importance: Tensor) -> Tensor:
+        """The visual tokens that stay by importance [visual], [kept] int64, ascending."""
+        return most_important(importance, tokens_to_keep(sequence.num_visual, sequence.pruning.keep_ratio))
+
+    def _drop(
+        self,
+        sequence: Sequence,
+        importance: Tensor,
+        kept: Tensor,
+        step: int,
+        moves: list[tuple[range, CompactionPlan]],
+        layer: int | None = None,
+        first: int = 0,
+    ) -> PruningReport:
+        """Keep only the visual tokens `kept`. `moves` gets what the pages need.
+
+        layer: the one behind which this step has run on them alone, from row `first` on; pages behind it are in place.
+        """
+        report = PruningReport(step, layer, sequence.num_visual, kept.numel(), importance.tolist(), kept.tolist())
+        if kept.numel() < sequence.num_visual:
+            with self.clock.measure("compaction"):
+                self._shrink(sequence, kept, moves, layer, first)
+        return report
+
+    def _shrink(
+        self,
+        sequence: Sequence,
+        kept: Tensor,
+        moves: list[tuple[range, CompactionPlan]],
+        layer: int | None,
+        first: int,
+    ) -> None:
         table = torch.tensor(sequence.block_table, device=self.model.device)
+        all_layers = self.model.config.num_hidden_layers
+        in_front = all_layers if layer is None else layer + 1
         rows, old_positions, new_positions = sequence.drop_visual(kept)
         # What the next step computes again is about to be overwritten.
         kept_rows = 0 if sequence.finished else sequence.next_step().first
         if kept_rows:
             rows, old_positions, new_positions = (part[:kept_rows] for part in (rows, old_positions, new_positions))
-            moves.append(plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size))
+            plan = plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size)
+            moves.append((range(in_front), plan))
             assert sequence.origin is not None, "pages that are kept came from somewhere"
-            sequence.origin.moves.append((rows, new_positions - old_positions))
+            # A step that read pages moved those behind the layer too; one that read none wrote the survivors only.
+            moved = all_layers if first else in_front
+            sequence.origin.moves.append(Move(rows, new_positions - old_positions, moved))
         del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from redvtp.denoising.canvas import Canvas
 from redvtp.denoising.schedule import schedule_of
-from redvtp.kv.rewriting import PageOrigin
+from redvtp.kv.rewriting import OriginCut, PageOrigin
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
+from redvtp.pruning.policy import policy_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,12 @@ class Sequence:
         suffix_ids: tuple[int, ...] = (),
         block_table: list[int] | None = None,
         draft_ids: tuple[int, ...] = (),
+        num_layers: int = 4,
     ) -> None:
         self.request_id = request_id
         self.denoising = denoising
         self.pruning = pruning
+        self.policy = policy_of(pruning, num_layers, denoising.resolved_steps)
         self.shifted_logits = shifted_logits
         self.prompt_embeds = prompt_embeds
         self.prompt_positions = torch.arange(prompt_embeds.shape[0], device=prompt_embeds.device)
@@ -227,26 +230,74 @@ class Sequence:
 
     def prunes_next(self) -> bool:
         """Whether visual tokens are dropped after the next step: all presets do it after the first."""
-        return self.pruning.preset != "none" and self.steps_done == 0 and self.num_visual > 0
+        return (
+            self.pruning.preset not in ("none", "layer-skip", "fastv", "llada-fastv")
+            and self.steps_done == 0
+            and self.num_visual > 0
+        )
 
     def scores_next(self) -> bool:
         """Whether the next step measures attention to the visual tokens; the controls prune without looking."""
         return self.pruning.preset == "redvtp" and self.prunes_next()
+
+    def drops_inside_next(self) -> bool:
+        """Whether the next step drops visual tokens behind a layer, while it runs."""
+        policy = self.policy
+        inside = policy is not None and policy.layer is not None and self.steps_done in policy.shares
+        return inside and self.num_visual > 0
+
+    @property
+    def withdraws_behind(self) -> int | None:
+        """The layer behind which no step sees visual tokens; None if all layers do."""
+        return self.policy.layer if self.policy is not None and self.policy.withdraw and self.num_visual else None
+
+    def cut_next(self) -> int | None:
+        """The layer behind which the next step goes on with fewer rows; None if all rows go through all layers."""
+        if self.drops_inside_next():
+            assert self.policy is not None
+            return self.policy.layer
+        return self.withdraws_behind
+
+    @property
+    def compacts_positions(self) -> bool:
+        return self.policy is not None and self.policy.positions == "compact"
+
+    def without_visual(self) -> Tensor:
+        """[total_length] bool, the rows of prompt, canvas and suffix that are no visual tokens.
+
+        The last of the prompt is there in any case: with shifted logits it speaks about the canvas, and no prompt is
+        empty without it.
+        """
+        stays = self.survivors(self.visual_rows[:0])
+        stays[self.prompt_length - 1] = True
+        return stays
+
+    def positions(self) -> Tensor:
+        """[total_length] int64, of prompt, canvas and suffix."""
+        return torch.cat((self.prompt_positions, self.response_positions()))
 
     def response_positions(self, start: int = 0) -> Tensor:
         """Positions of the canvas from row `start` on, and of the suffix behind it."""
         first, end = self.canvas_position + start, self.canvas_position + self.gen_length + self.suffix_ids.numel()
         return torch.arange(first, end, device=self.prompt_positions.device)
 
-    def note_origin(self) -> None:
-        """Remember what the forward that is about to run computes pages from."""
+    def note_origin(self, cut: OriginCut | None = None) -> None:
+        """Remember what a forward over all rows, or over the prompt alone, computes pages from."""
         alone = self.denoising.cache == "prefix_lm"
         canvas_ids = torch.cat((self.canvas.tokens, self.suffix_ids))
         self.origin = PageOrigin(
             self.prompt_embeds,
             canvas_ids[:0] if alone else canvas_ids,
-            self.prompt_positions if alone else torch.cat((self.prompt_positions, self.response_positions())),
+            self.prompt_positions if alone else self.positions(),
+            cut,
         )
+
+    def survivors(self, kept: Tensor) -> Tensor:
+        """[total_length] bool, what remains of prompt, canvas and suffix with only the visual tokens `kept`."""
+        survives = torch.ones(self.total_length, dtype=torch.bool)
+        survives[self.visual_rows] = False
+        survives[self.visual_rows[kept]] = True
+        return survives
 
     def drop_visual(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keep only the visual tokens `kept` ([kept] int64, ascending, into the present ones).
@@ -254,10 +305,8 @@ class Sequence:
         Returns what compaction needs, over prompt, canvas and suffix: surviving rows, their positions before, and
         after.
         """
-        before = torch.cat((self.prompt_positions, self.response_positions()))
-        survives = torch.ones(self.total_length, dtype=torch.bool)
-        survives[self.visual_rows] = False
-        survives[self.visual_rows[kept]] = True
+        before = self.positions()
+        survives = self.survivors(kept)
         rows = survives.nonzero()[:, 0]
         prompt_survives = survives[: self.prompt_length]
         is_visual = torch.zeros_like(prompt_survives)
@@ -266,11 +315,11 @@ class Sequence:
         self.visual_rows = is_visual[prompt_survives].nonzero()[:, 0]
         prompt_rows = prompt_survives.nonzero()[:, 0].to(self.prompt_embeds.device)
         self.prompt_embeds = self.prompt_embeds.index_select(0, prompt_rows)
-        if self.pruning.positions == "compact":
+        if self.compacts_positions:
             self.prompt_positions = torch.arange(self.prompt_length, device=self.prompt_embeds.device)
             self.canvas_position = self.prompt_length
         else:
             self.prompt_positions = self.prompt_positions.index_select(0, prompt_rows)
-        after = torch.cat((self.prompt_positions, self.response_positions()))
+        after = self.positions()
         rows = rows.to(before.device)
         return rows, before[rows], after

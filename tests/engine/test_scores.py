@@ -20,7 +20,7 @@ def test_scores_equal_the_whole_attention_map(tokens: int, heads: tuple[int, int
     layers, head_dim = 3, 8
     rows = torch.randperm(tokens, generator=generator)[: max(1, tokens // 3)].sort().values
     visual = torch.randperm(tokens, generator=generator)[: max(1, tokens // 2)].sort().values
-    scores = AttentionScores(rows, visual, query_heads, layers)
+    scores = AttentionScores(rows, visual, query_heads, range(layers))
     expected = torch.zeros(rows.numel(), visual.numel())
     chunk_bytes = scores_module.CHUNK_BYTES
     scores_module.CHUNK_BYTES = 1 if small else chunk_bytes

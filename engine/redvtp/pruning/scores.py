@@ -22,14 +22,15 @@ class AttentionScores:
 
     rows: [rows] int64, the scored query rows, as offsets into the sequence's own tokens.
     visual: [visual] int64, the visual tokens, as offsets into the sequence's own tokens.
-    heads: attention heads over all tensor-parallel ranks. layers: layers that will be accumulated. clock: counts the
-    time this takes.
+    heads: attention heads over all tensor-parallel ranks. layers: those whose attention counts, accumulated by the
+    backend. clock: counts the time this takes.
     """
 
-    def __init__(self, rows: Tensor, visual: Tensor, heads: int, layers: int, clock: Clock | None = None) -> None:
+    def __init__(self, rows: Tensor, visual: Tensor, heads: int, layers: range, clock: Clock | None = None) -> None:
         self.rows = rows
         self.visual = visual
-        self._weight = 1.0 / (heads * layers)
+        self.layers = layers
+        self._weight = 1.0 / (heads * len(layers))
         self._clock = clock or Clock(rows.device)
         self._sum = torch.zeros(rows.numel(), visual.numel(), dtype=torch.float32, device=rows.device)
 
