@@ -33,6 +33,9 @@ PRUNINGS = {
     "dense": PruningParams(preset="none"),
     "compact": PRUNED,
     "original": PruningParams(keep_ratio=0.3, positions="original"),
+    "inside": PruningParams(preset="llada-fastv", keep_ratio=0.3),
+    "inside-later": PruningParams(preset="llada-fastv", keep_ratio=0.3, prune_step=1, prune_layer=0),
+    "withdrawn": PruningParams(preset="layer-skip", prune_layer=1),
 }
 
 
