@@ -7,7 +7,6 @@ the layers in front of it go on with all of them. `redvtp.stages` runs the layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from redvtp.kv.cache import PagedKVCache
 from redvtp.kv.compaction import CompactionPlan, compact_each, plan_compaction
 from redvtp.kv.rewriting import OriginCut, PageOrigin
 from redvtp.models.rotary import Rotary
-from redvtp.pruning.scores import AttentionScores
+from redvtp.pruning.pruner import Moves, Pruner
 from redvtp.sequence import Sequence, StepPlan
 from redvtp.stages import Rest
 
@@ -36,9 +35,7 @@ class Dropped:
 class StepCuts:
     """The cuts of one step of a batch.
 
-    plans, slots: for each sequence its step, and [total_length] int64 where its rows are. importances: [visual] float32
-    on the CPU for each of these scores, the same on all ranks. choose: which visual tokens of a sequence stay by them,
-    [kept] int64, ascending.
+    plans, slots: for each sequence its step, and [total_length] int64 where its rows are.
 
     layers: {index in the batch: the layer behind which it is cut}. dropped: filled while the layers run. Sequences are
     not touched, pages are.
@@ -52,27 +49,27 @@ class StepCuts:
         cache: PagedKVCache,
         rotary: Rotary,
         clock: Clock,
-        importances: Callable[[Mapping[int, AttentionScores]], Mapping[int, Tensor]],
-        choose: Callable[[Sequence, Tensor], Tensor],
+        pruner: Pruner,
     ) -> None:
         self.layers = {index: layer for index, seq in enumerate(batch) if (layer := seq.cut_next()) is not None}
         self.dropped: dict[int, Dropped] = {}
         self._batch, self._plans, self._slots = batch, plans, slots
         self._cache, self._rotary, self._clock = cache, rotary, clock
-        self._importances, self._choose = importances, choose
+        self._pruner = pruner
         self._rests: dict[int, Rest] = {}
 
     def shorten(self, indices: list[int], segments: list[Segment]) -> list[Rest]:
         """See `redvtp.stages.Shorten`."""
         dropping = [index for index in indices if self._batch[index].drops_inside_next()]
         found = {index: scores for index in dropping if (scores := segments[index].scores) is not None}
-        # Once for all of them.
-        importances = self._importances(found) if found else {}
-        moves: list[tuple[range, CompactionPlan]] = []
+        importances = self._pruner.importances(found, {})
+        moves: Moves = []
         for index in indices:
             sequence, first, slots = self._batch[index], self._plans[index].first, self._slots[index]
             if index in importances:
-                kept = self._choose(sequence, importances[index])
+                share = sequence.share_next()
+                assert share is not None
+                kept = self._pruner.choose(sequence, share, importances[index])
                 self.dropped[index] = Dropped(importances[index], kept)
                 self._rests[index] = rest_of_drop(sequence, kept, first, slots)
                 if first and kept.numel() < sequence.num_visual:
@@ -97,7 +94,7 @@ class StepCuts:
         table = torch.tensor(sequence.block_table, device=sequence.prompt_embeds.device)
         rows = sequence.survivors(kept)[:first].nonzero()[:, 0].to(table.device)
         before = sequence.positions()[rows]
-        after = torch.arange(rows.numel(), device=table.device) if sequence.compacts_positions else before
+        after = torch.arange(rows.numel(), device=table.device) if _moves_up(sequence) else before
         return plan_compaction(table, rows, before, after, self._cache.block_size)
 
 
@@ -110,7 +107,7 @@ def rest_of_drop(sequence: Sequence, kept: Tensor, first: int, slots: Tensor) ->
     survives = sequence.survivors(kept).to(slots.device)
     total, before = int(survives.sum()), int(survives[:first].sum())
     own = survives[first:].nonzero()[:, 0]
-    if sequence.compacts_positions:
+    if _moves_up(sequence):
         positions = torch.arange(before, total, device=slots.device)
     else:
         positions = sequence.positions()[first:][own]
@@ -126,6 +123,10 @@ def rest_of_withdrawal(sequence: Sequence, first: int, slots: Tensor) -> Rest:
     own = stays[first:].nonzero()[:, 0]
     positions = sequence.positions()[first : slots.numel()][own]
     return Rest(own, positions, slots[first:][own], slots[stays] if first else None)
+
+
+def _moves_up(sequence: Sequence) -> bool:
+    return sequence.policy is not None and sequence.policy.positions == "compact"
 
 
 def rest_of_origin(origin: PageOrigin) -> Rest:

@@ -27,6 +27,16 @@ PRESETS = (
     "uniform",
     "none",
 )
+# Pruning knobs that a preset gives a meaning to, or none.
+PRESET_KNOBS = (
+    "score_rows",
+    "score_layers",
+    "attention_mass",
+    "prune_step",
+    "prune_steps",
+    "prune_layer",
+    "importance",
+)
 POSITIONS = ("compact", "original")
 SCORE_ROWS = ("masked", "response", "prompt", "prompt_response", "committed")
 SCOPES = ("all", "image")
@@ -41,6 +51,7 @@ MAX_TEXT_LENGTH = 1 << 16
 # Beyond these a schedule is a single jump, and float32 no longer knows the curve.
 SCHEDULE_SHIFTS = (0.001, 1000)
 _SHOWN_LENGTH = 120
+_FLOAT32_LIMIT = 3e38
 # A layer, or a range of them.
 _LAYERS = re.compile(r"\d{1,4}(:\d{1,4})?")
 
@@ -235,13 +246,12 @@ class PruningParams:
         if self.prune_layer is not None:
             _integer("prune_layer", self.prune_layer, 0)
         _one_of("prune_scope", self.prune_scope, SCOPES)
-        if not isinstance(self.importance, tuple) or not all(map(_is_number, self.importance)):
+        if not isinstance(self.importance, tuple) or not all(map(_fits_float32, self.importance)):
             raise ValueError(f"importance must be finite numbers, got {shown(self.importance)}")
-        if (self.preset == "external") != bool(self.importance):
-            raise ValueError(
-                "importance must have one number for each visual token with pruning external, and only then, "
-                f"got {len(self.importance)} with pruning {self.preset}"
-            )
+
+
+def _fits_float32(value: object) -> bool:
+    return _is_number(value) and abs(value) < _FLOAT32_LIMIT  # type: ignore[arg-type]
 
 
 def _share(name: str, value: object) -> None:

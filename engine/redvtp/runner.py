@@ -21,12 +21,12 @@ from redvtp.cuts import StepCuts, rest_of_origin, rest_of_withdrawal
 from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of_all
 from redvtp.kv.cache import PagedKVCache
-from redvtp.kv.compaction import CompactionPlan, compact_each, plan_compaction
-from redvtp.kv.rewriting import Move, OriginCut, RewritingAttention
+from redvtp.kv.compaction import compact_each
+from redvtp.kv.rewriting import OriginCut, RewritingAttention
 from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
-from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
-from redvtp.pruning.scores import AttentionScores, masked_row_importance
+from redvtp.pruning.pruner import Moves, Pruner
+from redvtp.pruning.scores import AttentionScores
 from redvtp.sequence import PruningReport, Sequence, StepPlan, StepReport
 from redvtp.stages import Passed, Rest, Shorten, run_in_stages
 
@@ -74,12 +74,18 @@ class DenoisingRunner:
         self.model = model
         self.cache = cache
         self.special = special
-        self._reduce_scores = reduce_scores
         self._agree = agree or (lambda numbers: numbers)
         self.clock = Clock(model.device)
+        self._pruner = Pruner(cache, model.device, self.clock, reduce_scores, self._agree)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
         # By the `id` of a sequence, its rows in this step summed over the layers they went through.
         self._row_layers: Counter[int] = Counter()
+
+    @torch.inference_mode()
+    def prune_before(self, sequence: Sequence) -> None:
+        """Drop what the policy keeps from even the first forward. To be called once, before the sequence's first step;
+        from then on it needs blocks for the survivors only."""
+        self._pruner.prune_before(sequence)
 
     @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
@@ -114,9 +120,10 @@ class DenoisingRunner:
                     finish_reason=sequence.finish_reason,
                     next_tokens=0 if sequence.finished else sequence.next_step().tokens_computed,
                     resume_tokens=0 if sequence.finished else sequence.resume_tokens(),
-                    pruning=prunings.get(id(sequence)),
+                    pruning=prunings.get(id(sequence), sequence.unreported),
                 )
             )
+            sequence.unreported = None
         return reports
 
     @torch.inference_mode()
@@ -192,31 +199,35 @@ class DenoisingRunner:
                 sequence.note_origin(packed.cuts.of_origin(index))
         undecided = [sequence.canvas.masked() for sequence in batch]
         steps = [sequence.steps_done for sequence in batch]
-        pruning_due = [sequence.prunes_next() for sequence in batch]
+        shares = [sequence.share_next() for sequence in batch]
         still_masked: list[Tensor] = []
+        counting: list[Tensor] = []
         for sequence, before, committed in zip(batch, undecided, self._commit(batch, packed), strict=True):
             if self.model.config.family.scores_proposed_masks:
                 after = sequence.canvas.masked()
             else:
                 # A committed row is decided even if the model proposed the mask id for it.
                 after = before.index_fill(0, committed, False)
-            still_masked.append(after[before])
-        importances = self._importances(packed, still_masked)
+            still_masked.append(after)
+            just_committed = torch.zeros_like(before).index_fill(0, committed, True)
+            counting.append(just_committed if sequence.score_rows == "committed" else after)
+        # With nothing left to decide there is nothing to prune for.
+        going_on = [bool(masked.any()) for masked in still_masked]
+        importances = self._importances(batch, packed, counting, going_on)
         prunings: dict[int, PruningReport] = {}
-        moves: list[tuple[range, CompactionPlan]] = []
+        moves: Moves = []
         for index, sequence in enumerate(batch):
             inside = packed.cuts.dropped.get(index)
-            importance = importances.get(index) if inside is None else inside.importance
+            importance, share = importances.get(index) if inside is None else inside.importance, shares[index]
             if importance is not None and self.observe is not None:
                 self.observe(sequence, steps[index], importance)
             if inside is not None:
-                layer = packed.cuts.layers[index]
-                prunings[id(sequence)] = self._drop(
-                    sequence, inside.importance, inside.kept, steps[index], moves, layer, packed.plans[index].first
+                layer, first = packed.cuts.layers[index], packed.plans[index].first
+                prunings[id(sequence)] = self._pruner.settle(
+                    sequence, layer, first, inside.importance, inside.kept, steps[index], moves
                 )
-            # With nothing left to decide there is nothing to prune for.
-            elif pruning_due[index] and bool(still_masked[index].any()):
-                prunings[id(sequence)] = self._prune(sequence, importance, steps[index], moves)
+            elif share is not None and going_on[index]:
+                prunings[id(sequence)] = self._pruner.prune(sequence, share, importance, steps[index], moves)
         if moves:
             with self.clock.measure("compaction"):
                 compact_each(self.cache, moves, self.model.language_model.rotary)
@@ -249,7 +260,7 @@ class DenoisingRunner:
             segments.append(self._segment(sequence, plan, row, own))
             row = segments[-1].end
         rotary = self.model.language_model.rotary
-        cuts = StepCuts(batch, plans, slots, self.cache, rotary, self.clock, self._of_scored_rows, self._choose)
+        cuts = StepCuts(batch, plans, slots, self.cache, rotary, self.clock, self._pruner)
         passed = self._run(
             batch, torch.cat(rows), torch.cat(positions), segments, self._attention, cuts.layers, cuts.shorten
         )
@@ -283,21 +294,19 @@ class DenoisingRunner:
         device, config = self.model.device, self.model.config
         scores = None
         observed = self.observe is not None and plan.kind == "full" and sequence.num_visual > 0
-        inside = sequence.drops_inside_next()
-        if observed or inside or sequence.scores_next():
-            # Where visual tokens are withdrawn nobody looks at them.
-            cut = sequence.withdraws_behind
-            layers = range(config.num_hidden_layers if cut is None else cut + 1)
-            if inside:
-                assert sequence.policy is not None
-                layers = range(*sequence.policy.layers)
-            canvas_rows = sequence.prompt_length + sequence.canvas.masked().nonzero()[:, 0]
+        if observed or sequence.scores_next():
+            policy = sequence.policy
+            layers = range(config.num_hidden_layers) if policy is None else range(*policy.layers)
+            if sequence.withdraws_behind is not None:
+                # Further down nobody looks at them.
+                layers = layers[: sequence.withdraws_behind + 1]
             scores = AttentionScores(
-                (canvas_rows - plan.first).to(device),
+                (sequence.scored_rows(plan.start) - plan.first).to(device),
                 sequence.visual_rows.to(device),
                 config.num_attention_heads,
                 layers,
                 self.clock,
+                averaged=sequence.score_rows not in ("masked", "committed"),
             )
         return Segment(
             start=first_row,
@@ -333,98 +342,21 @@ class DenoisingRunner:
             committed.append(masked[chosen])
         return committed
 
-    def _importances(self, packed: PackedStep, still_masked: list[Tensor]) -> dict[int, Tensor]:
-        """[visual] float32 on the CPU, for each segment that was scored and has something left to decide."""
+    def _importances(
+        self, batch: list[Sequence], packed: PackedStep, counting: list[Tensor], going_on: list[bool]
+    ) -> dict[int, Tensor]:
+        """[visual] float32 on the CPU, for each sequence that was scored and goes on.
+
+        counting: for each sequence [gen_length] bool, the canvas rows whose attention counts.
+        """
         found = {
             index: segment.scores
-            for index, (segment, masked) in enumerate(zip(packed.segments, still_masked, strict=True))
-            if segment.scores is not None and index not in packed.cuts.dropped and bool(masked.any())
+            for index, segment in enumerate(packed.segments)
+            if segment.scores is not None and going_on[index] and index not in packed.cuts.dropped
         }
-        if not found:
-            return {}
-        with self.clock.measure("score"):
-            return self._mean_over_masked(found, dict(enumerate(still_masked)))
-
-    def _of_scored_rows(self, found: Mapping[int, AttentionScores]) -> dict[int, Tensor]:
-        """[visual] float32 on the CPU, for each of these scores: the mean over all of its rows."""
-        with self.clock.measure("score"):
-            everyone = {index: torch.ones_like(scores.rows, dtype=torch.bool) for index, scores in found.items()}
-            return self._mean_over_masked(found, everyone)
-
-    def _mean_over_masked(
-        self, found: Mapping[int, AttentionScores], still_masked: Mapping[int, Tensor]
-    ) -> dict[int, Tensor]:
-        scored = {index: scores.by_row() for index, scores in found.items()}
-        if self._reduce_scores is not None:
-            # Once for all of them.
-            summed = self._reduce_scores(torch.cat([rows.flatten() for rows in scored.values()]))
-            parts = summed.split([rows.numel() for rows in scored.values()])
-            scored = {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
-        means = [masked_row_importance(rows, still_masked[index].to(rows.device)) for index, rows in scored.items()]
-        agreed = self._agree(torch.cat(means)).cpu()
-        return dict(zip(scored, agreed.split([part.numel() for part in means]), strict=True))
-
-    def _prune(
-        self, sequence: Sequence, importance: Tensor | None, step: int, moves: list[tuple[range, CompactionPlan]]
-    ) -> PruningReport:
-        """Drop the least important visual tokens, or those a control picks. `moves` gets what the pages need."""
-        before = sequence.num_visual
-        keep = tokens_to_keep(before, sequence.pruning.keep_ratio)
-        if sequence.pruning.preset == "random":
-            importance = torch.rand(before, generator=sequence.generator)
-            kept = most_important(importance, keep)
-        elif sequence.pruning.preset == "uniform":
-            importance = torch.ones(before)
-            kept = evenly_spaced(before, keep)
-        else:
-            assert importance is not None
-            kept = most_important(importance, keep)
-        return self._drop(sequence, importance, kept, step, moves)
-
-    def _choose(self, sequence: Sequence, importance: Tensor) -> Tensor:
-        """The visual tokens that stay by importance [visual], [kept] int64, ascending."""
-        return most_important(importance, tokens_to_keep(sequence.num_visual, sequence.pruning.keep_ratio))
-
-    def _drop(
-        self,
-        sequence: Sequence,
-        importance: Tensor,
-        kept: Tensor,
-        step: int,
-        moves: list[tuple[range, CompactionPlan]],
-        layer: int | None = None,
-        first: int = 0,
-    ) -> PruningReport:
-        """Keep only the visual tokens `kept`. `moves` gets what the pages need.
-
-        layer: the one behind which this step has run on them alone, from row `first` on; pages behind it are in place.
-        """
-        report = PruningReport(step, layer, sequence.num_visual, kept.numel(), importance.tolist(), kept.tolist())
-        if kept.numel() < sequence.num_visual:
-            with self.clock.measure("compaction"):
-                self._shrink(sequence, kept, moves, layer, first)
-        return report
-
-    def _shrink(
-        self,
-        sequence: Sequence,
-        kept: Tensor,
-        moves: list[tuple[range, CompactionPlan]],
-        layer: int | None,
-        first: int,
-    ) -> None:
-        table = torch.tensor(sequence.block_table, device=self.model.device)
-        all_layers = self.model.config.num_hidden_layers
-        in_front = all_layers if layer is None else layer + 1
-        rows, old_positions, new_positions = sequence.drop_visual(kept)
-        # What the next step computes again is about to be overwritten.
-        kept_rows = 0 if sequence.finished else sequence.next_step().first
-        if kept_rows:
-            rows, old_positions, new_positions = (part[:kept_rows] for part in (rows, old_positions, new_positions))
-            plan = plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size)
-            moves.append((range(in_front), plan))
-            assert sequence.origin is not None, "pages that are kept came from somewhere"
-            # A step that read pages moved those behind the layer too; one that read none wrote the survivors only.
-            moved = all_layers if first else in_front
-            sequence.origin.moves.append(Move(rows, new_positions - old_positions, moved))
-        del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]
+        rows = {}
+        for index, scores in found.items():
+            if not scores.averaged:
+                canvas_rows = scores.rows.cpu() + (packed.plans[index].first - batch[index].prompt_length)
+                rows[index] = counting[index][canvas_rows]
+        return self._pruner.importances(found, rows)

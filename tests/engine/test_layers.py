@@ -68,9 +68,7 @@ def _expect_the_slow_way(local: LocalEngine, slow: SlowDecoder, reports: list[St
 @pytest.mark.parametrize("positions", ["compact", "original"])
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_dropping_behind_a_layer_is_the_slow_way(
-    engine: EngineFactory, layer: int, cache: str, positions: str
-) -> None:
+def test_dropping_behind_a_layer_is_the_slow_way(engine: EngineFactory, layer: int, cache: str, positions: str) -> None:
     local = engine("tiny-llada-v")
     pruning = PruningParams(preset="llada-fastv", keep_ratio=0.3, prune_layer=layer, positions=positions)
     with _sequence(local, _request(local, CACHES[cache], pruning)) as sequence:

@@ -32,8 +32,8 @@ class TorchPagedAttention:
                 keys, values = key[rows], value[rows]
             else:
                 keys, values = self._cache.read(layer, segment.read_slots)
-            if segment.scores is not None and layer in segment.scores.layers:
-                segment.scores.accumulate(query[rows], keys, self._scale)
+            if segment.scores is not None:
+                segment.scores.accumulate(layer, query[rows], keys, self._scale)
             outputs.append(self._attend(query[rows], keys, values))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

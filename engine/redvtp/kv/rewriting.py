@@ -34,11 +34,11 @@ class OriginCut:
 @dataclass(frozen=True, slots=True)
 class Move:
     """One pruning of pages. rows: [rows] int64, those that survived it, into the rows before it. shift: [rows] int64,
-    how far their positions moved. layers: how many layers it concerns, from the first one on."""
+    how far their positions moved. layers: those whose pages it moved."""
 
     rows: Tensor
     shift: Tensor
-    layers: int
+    layers: range
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class PageOrigin:
     def moved(self, layer: int, key: Tensor, value: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """A layer's keys and values [tokens, kv_heads, head_dim] as the prunings left them in the pages."""
         for move in self.moves:
-            if layer < move.layers:
+            if layer in move.layers:
                 # One after another, as the pages were turned: rotations add up, their roundings do not.
                 key, value = rotary.rotate(key.index_select(0, move.rows), move.shift), value.index_select(0, move.rows)
         return key, value
