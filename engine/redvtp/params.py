@@ -193,15 +193,17 @@ class PruningParams:
     `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's own
     `importance`; `random` and `uniform` (evenly spaced) prune after the first step without looking, to compare with;
     `none` keeps every visual token.
-    keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays.
+    keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays. 1 keeps everything, whatever
+    the preset.
     positions: `compact` renumbers the survivors 0..n-1 (the reference), `original` keeps the positions they had.
     score_rows: whose attention counts: response positions that are still undecided after the step (`masked`), the whole
     `response`, the `prompt`'s text, `prompt_response`, or what the step has just `committed`.
     score_layers: which layers' attention counts, one (`7`) or a range without its end (`12:24`).
     attention_mass: keep the smallest set of tokens that holds this share of all importance, instead of keep_ratio.
-    min_keep_ratio, max_keep_ratio: the least and the most that attention_mass may keep, as shares.
+    min_keep_ratio: the least that attention_mass may keep, as a share of the request's visual tokens.
+    max_keep_ratio: the most that attention_mass may keep.
     prune_step: the denoising step, from 0, after which tokens are dropped for the first time.
-    prune_steps: over how many steps the share falls to keep_ratio.
+    prune_steps: over how many steps, one after the other, the share falls to keep_ratio.
     prune_layer: drop inside the step, behind this layer (from 0); with `layer-skip` the last one with visual tokens.
     prune_scope: the best of `all` images together, or of each `image` by itself.
     importance: one number for each visual token of the request, for `external`.

@@ -21,7 +21,7 @@ class Rest:
     """How a sequence goes on behind its cut.
 
     rows: [rows] int64, ascending, those of its own rows that go on. positions: [rows] int64, theirs from here on.
-    write_slots, read_slots: see `Segment`.
+    write_slots, read_slots: see `Segment`. What a segment scores it has scored in the layers in front of its cut.
     """
 
     rows: Tensor
@@ -94,6 +94,7 @@ def _shortened(
         else:
             rows.append(segment.start + rest.rows)
             places.append(rest.positions)
-            # What was to be scored is.
-            packed.append(Segment(start, end, rest.write_slots, rest.read_slots))
+            packed.append(
+                replace(segment, start=start, end=end, write_slots=rest.write_slots, read_slots=rest.read_slots)
+            )
     return hidden.index_select(0, torch.cat(rows)), torch.cat(places), packed

@@ -36,6 +36,12 @@ PRUNINGS = {
     "inside": PruningParams(preset="llada-fastv", keep_ratio=0.3),
     "inside-later": PruningParams(preset="llada-fastv", keep_ratio=0.3, prune_step=1, prune_layer=0),
     "withdrawn": PruningParams(preset="layer-skip", prune_layer=1),
+    "several": PruningParams(preset="progressive", keep_ratio=0.3),
+    "several-late": PruningParams(
+        keep_ratio=0.3, prune_step=2, prune_steps=3, positions="original", score_rows="response"
+    ),
+    "chance": PruningParams(preset="random", keep_ratio=0.3, prune_step=1, prune_steps=2),
+    "before": PruningParams(preset="attention-free", keep_ratio=0.3),
 }
 
 
@@ -105,7 +111,7 @@ def test_suspended_once_before_any_step(local: LocalEngine, mode: str) -> None:
 def test_rewritten_pages_are_the_pages(local: LocalEngine, mode: str, pruning: str) -> None:
     """Bit for bit, all layers: also what no token happens to depend on."""
     sequence = _sequence(local, MODES[mode], PRUNINGS[pruning])
-    for _ in range(2):
+    for _ in range(4):
         local.runner.step([sequence])
     first = sequence.next_step().first
     assert first > 0
