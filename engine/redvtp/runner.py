@@ -6,27 +6,29 @@ driver (`LocalEngine`, or vLLM's worker through vllm_redvtp) owns admission and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, count
 
 import torch
 from torch import Tensor
 
-from redvtp.attention.batch import Segment
+from redvtp.attention.batch import Attention, Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.clock import Clock
+from redvtp.cuts import StepCuts, rest_of_origin, rest_of_withdrawal
 from redvtp.denoising.remasking import Choice, keep_best, propose, select, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of_all
 from redvtp.kv.cache import PagedKVCache
-from redvtp.kv.compaction import CompactionPlan, compact, joined, plan_compaction
-from redvtp.kv.rewriting import RewritingAttention
+from redvtp.kv.compaction import compact_each
+from redvtp.kv.rewriting import OriginCut, RewritingAttention
 from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
-from redvtp.pruning.budget import survivors
-from redvtp.pruning.features import feature_importance
-from redvtp.pruning.scores import AttentionScores, masked_row_importance
-from redvtp.sequence import BEFORE_ALL_STEPS, PruningReport, Sequence, StepPlan, StepReport
+from redvtp.pruning.pruner import Moves, Pruner
+from redvtp.pruning.scores import AttentionScores
+from redvtp.sequence import PruningReport, Sequence, StepPlan, StepReport
+from redvtp.stages import Passed, Rest, Shorten, run_in_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +36,13 @@ class PackedStep:
     """The forward of one step.
 
     hidden: [tokens, hidden] of all sequences, before the final norm. segments: whose rows are whose. plans: what was
-    computed.
+    computed. cuts: what left half way.
     """
 
     hidden: Tensor
     segments: list[Segment]
     plans: list[StepPlan]
+    cuts: StepCuts
 
     def logit_rows(self, index: int, sequence: Sequence, canvas_rows: Tensor) -> Tensor:
         """Packed rows whose logits are about canvas_rows [rows] of sequence `index`; they lie at or after its plan's
@@ -71,30 +74,18 @@ class DenoisingRunner:
         self.model = model
         self.cache = cache
         self.special = special
-        self._reduce_scores = reduce_scores
         self._agree = agree or (lambda numbers: numbers)
         self.clock = Clock(model.device)
+        self._pruner = Pruner(cache, model.device, self.clock, reduce_scores, self._agree)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
+        # By the `id` of a sequence, its rows in this step summed over the layers they went through.
+        self._row_layers: Counter[int] = Counter()
 
     @torch.inference_mode()
     def prune_before(self, sequence: Sequence) -> None:
         """Drop what the policy keeps from even the first forward. To be called once, before the sequence's first step;
         from then on it needs blocks for the survivors only."""
-        policy = sequence.policy
-        if policy is None or policy.before is None or sequence.num_visual == 0:
-            return
-        if policy.source == "features":
-            with self.clock.measure("score"):
-                visual = sequence.prompt_embeds.index_select(0, sequence.visual_rows.to(self.model.device))
-                importance = self._agree(feature_importance(visual).to(self.model.device)).cpu()
-        else:
-            importance = torch.tensor(policy.importance)
-        before = sequence.num_visual
-        kept = survivors(policy, policy.before, importance, sequence.image_of, sequence.images)
-        if kept.numel() < before:
-            with self.clock.measure("compaction"):
-                sequence.drop_visual(kept)
-        sequence.unreported = _report(BEFORE_ALL_STEPS, importance, kept)
+        self._pruner.prune_before(sequence)
 
     @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
@@ -102,6 +93,7 @@ class DenoisingRunner:
         plans = [sequence.next_step() for sequence in batch]
         positions = [(sequence.canvas.block, sequence.steps_done) for sequence in batch]
         held = [blocks_needed(sequence.total_length, self.cache.block_size) for sequence in batch]
+        self._row_layers.clear()
         self.rewrite_pages(batch)
         self.encode_prompts([sequence for sequence in batch if sequence.encodes_prompt_next()])
         # An end token right behind the prompt leaves nothing to denoise.
@@ -116,7 +108,7 @@ class DenoisingRunner:
                     step=step,
                     canvas_block=block,
                     kind=plan.kind,
-                    tokens_computed=plan.tokens_computed,
+                    tokens_computed=-(-self._row_layers[id(sequence)] // self.model.config.num_hidden_layers),
                     kv_tokens=sequence.total_length,
                     kv_blocks=blocks,
                     blocks_freed=before - blocks,
@@ -146,16 +138,22 @@ class DenoisingRunner:
                     for part in (origin.prompt_embeds, response)]  # fmt: skip
             ends = list(accumulate(origin.tokens for origin in origins))
             segments = [Segment(start, end, write_slots=None) for start, end in zip([0, *ends], ends, strict=False)]
-            attention = RewritingAttention(
-                self._attention(segments),
+            sequences = [sequence for sequence, _ in lost]
+            slots = self._slots(sequences, [sequence.next_step().first for sequence in sequences])
+
+            def attention(stage: list[Segment]) -> Attention:
+                rotary = self.model.language_model.rotary
+                return RewritingAttention(self._attention(stage), stage, origins, slots, self.cache, rotary)
+
+            self._run(
+                sequences,
+                torch.cat(rows),
+                torch.cat([origin.positions for origin in origins]),
                 segments,
-                origins,
-                self._slots([sequence for sequence, _ in lost], [sequence.next_step().first for sequence, _ in lost]),
-                self.cache,
-                self.model.language_model.rotary,
+                attention,
+                {index: origin.cut.layer for index, origin in enumerate(origins) if origin.cut is not None},
+                lambda indices, _: [rest_of_origin(origins[index]) for index in indices],
             )
-            positions = torch.cat([origin.positions for origin in origins])
-            self.model.language_model(torch.cat(rows), positions, attention)
         for sequence in batch:
             sequence.pages_lost = False
 
@@ -169,14 +167,24 @@ class DenoisingRunner:
             return
         lengths = [sequence.prompt_length for sequence in batch]
         ends = list(accumulate(lengths))
-        segments = [Segment(*part) for part in zip([0, *ends], ends, self._slots(batch, lengths), strict=False)]
-        for sequence in batch:
-            sequence.note_origin()
+        slots = self._slots(batch, lengths)
+        segments = [Segment(*part) for part in zip([0, *ends], ends, slots, strict=False)]
+        cuts: dict[int, int] = {}
+        rests: dict[int, Rest] = {}
+        for index, sequence in enumerate(batch):
+            if (layer := sequence.withdraws_behind) is None:
+                sequence.note_origin()
+            else:
+                cuts[index], rests[index] = layer, rest_of_withdrawal(sequence, 0, slots[index])
+                sequence.note_origin(OriginCut(layer, rests[index].rows, rests[index].positions, in_place=True))
         rows = torch.cat([sequence.prompt_embeds for sequence in batch])
         positions = torch.cat([sequence.prompt_positions for sequence in batch])
-        hidden = self.model.language_model(rows, positions, self._attention(segments))
+        passed = self._run(
+            batch, rows, positions, segments, self._attention, cuts, lambda indices, _: [rests[i] for i in indices]
+        )
         if self.model.config.family.shifted_logits:
-            last = self._logits(hidden[torch.tensor(ends, device=hidden.device) - 1])
+            ends = [segment.end for segment in passed.segments]
+            last = self._logits(passed.hidden[torch.tensor(ends, device=self.model.device) - 1])
             first = self._agree(last[:, : self.special.vocab].argmax(-1))
             for sequence, token in zip(batch, first.tolist(), strict=True):
                 sequence.canvas.decide(0, token)
@@ -186,9 +194,9 @@ class DenoisingRunner:
         if not batch:
             return {}
         packed = self.forward(batch)
-        for sequence, plan in zip(batch, packed.plans, strict=True):
+        for index, (sequence, plan) in enumerate(zip(batch, packed.plans, strict=True)):
             if sequence.denoising.cache == "prefix" and plan.kind == "full":
-                sequence.note_origin()
+                sequence.note_origin(packed.cuts.of_origin(index))
         undecided = [sequence.canvas.masked() for sequence in batch]
         steps = [sequence.steps_done for sequence in batch]
         shares = [sequence.share_next() for sequence in batch]
@@ -207,17 +215,23 @@ class DenoisingRunner:
         going_on = [bool(masked.any()) for masked in still_masked]
         importances = self._importances(packed, batch, counting, going_on)
         prunings: dict[int, PruningReport] = {}
-        moves: list[CompactionPlan] = []
+        moves: Moves = []
         for index, sequence in enumerate(batch):
-            importance, share = importances.get(index), shares[index]
+            inside = packed.cuts.dropped.get(index)
+            importance, share = importances.get(index) if inside is None else inside.importance, shares[index]
             if importance is not None and self.observe is not None:
                 self.observe(sequence, steps[index], importance)
             blind = sequence.policy is not None and sequence.policy.source != "attention"
-            if share is not None and going_on[index] and (blind or importance is not None):
-                prunings[id(sequence)] = self._prune(sequence, share, importance, steps[index], moves)
+            if inside is not None:
+                layer, first = packed.cuts.layers[index], packed.plans[index].first
+                prunings[id(sequence)] = self._pruner.settle(
+                    sequence, layer, first, inside.importance, inside.kept, steps[index], moves
+                )
+            elif share is not None and going_on[index] and (blind or importance is not None):
+                prunings[id(sequence)] = self._pruner.prune(sequence, share, importance, steps[index], moves)
         if moves:
             with self.clock.measure("compaction"):
-                compact(self.cache, joined(moves), self.model.language_model.rotary)
+                compact_each(self.cache, moves, self.model.language_model.rotary)
         for sequence in batch:
             # Not a moment longer: it may hold the embeddings of the tokens that were dropped.
             if sequence.finished or sequence.next_step().first == 0:
@@ -226,7 +240,7 @@ class DenoisingRunner:
 
     @torch.inference_mode()
     def forward(self, batch: list[Sequence]) -> PackedStep:
-        """The model over every sequence's next step. Writes K/V pages; changes no sequence."""
+        """The model over every sequence's next step. Writes and moves K/V pages; changes no sequence."""
         plans = [sequence.next_step() for sequence in batch]
         canvas_starts = [max(0, plan.first - seq.prompt_length) for plan, seq in zip(plans, batch, strict=True)]
         ids = [ids for seq, start in zip(batch, canvas_starts, strict=True)
@@ -246,8 +260,28 @@ class DenoisingRunner:
             positions += [sequence.prompt_positions[plan.first :], counting[sequence.canvas_position + start : end]]
             segments.append(self._segment(sequence, plan, row, own))
             row = segments[-1].end
-        hidden = self.model.language_model(torch.cat(rows), torch.cat(positions), self._attention(segments))
-        return PackedStep(hidden, segments, plans)
+        rotary = self.model.language_model.rotary
+        cuts = StepCuts(batch, plans, slots, self.cache, rotary, self.clock, self._pruner)
+        passed = self._run(
+            batch, torch.cat(rows), torch.cat(positions), segments, self._attention, cuts.layers, cuts.shorten
+        )
+        return PackedStep(passed.hidden, passed.segments, plans, cuts)
+
+    def _run(
+        self,
+        batch: list[Sequence],
+        rows: Tensor,
+        positions: Tensor,
+        segments: list[Segment],
+        attention: Callable[[list[Segment]], Attention],
+        cuts: Mapping[int, int],
+        shorten: Shorten,
+    ) -> Passed:
+        """See `run_in_stages`; counts what it takes."""
+        passed = run_in_stages(self.model.language_model, rows, positions, segments, attention, cuts, shorten)
+        for sequence, row_layers in zip(batch, passed.row_layers, strict=True):
+            self._row_layers[id(sequence)] += row_layers
+        return passed
 
     def _attention(self, segments: list[Segment]) -> TorchPagedAttention:
         return TorchPagedAttention(self.cache, segments, scale=self.model.config.head_dim**-0.5)
@@ -263,11 +297,15 @@ class DenoisingRunner:
         observed = self.observe is not None and plan.kind == "full" and sequence.num_visual > 0
         if observed or sequence.scores_next():
             policy = sequence.policy
+            layers = range(config.num_hidden_layers) if policy is None else range(*policy.layers)
+            if sequence.withdraws_behind is not None:
+                # Further down nobody looks at them.
+                layers = layers[: sequence.withdraws_behind + 1]
             scores = AttentionScores(
                 (sequence.scored_rows(plan.start) - plan.first).to(device),
                 sequence.visual_rows.to(device),
                 config.num_attention_heads,
-                range(*policy.layers) if policy is not None else range(config.num_hidden_layers),
+                layers,
                 self.clock,
                 averaged=sequence.score_rows not in ("masked", "committed"),
             )
@@ -317,59 +355,12 @@ class DenoisingRunner:
             for index, (segment, plan) in enumerate(zip(packed.segments, packed.plans, strict=True))
             if segment.scores is not None
             and going_on[index]
+            and index not in packed.cuts.dropped
             and (segment.scores.averaged or bool(counting[index][plan.start :].any()))
         }
-        if not found:
-            return {}
-        with self.clock.measure("score"):
-            scored = self._summed_over_ranks({index: scores.by_row() for index, scores in found.items()})
-            means = []
-            for index, rows in scored.items():
-                if found[index].averaged:
-                    means.append(rows[0])
-                    continue
-                canvas_rows = found[index].rows + (packed.plans[index].first - batch[index].prompt_length)
-                means.append(masked_row_importance(rows, counting[index].to(rows.device)[canvas_rows]))
-            agreed = self._agree(torch.cat(means)).cpu()
-            return dict(zip(scored, agreed.split([part.numel() for part in means]), strict=True))
-
-    def _summed_over_ranks(self, scored: dict[int, Tensor]) -> dict[int, Tensor]:
-        if self._reduce_scores is None:
-            return scored
-        # Once for all of them.
-        summed = self._reduce_scores(torch.cat([rows.flatten() for rows in scored.values()]))
-        parts = summed.split([rows.numel() for rows in scored.values()])
-        return {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
-
-    def _prune(
-        self, sequence: Sequence, share: float, importance: Tensor | None, step: int, moves: list[CompactionPlan]
-    ) -> PruningReport:
-        """Drop the least important visual tokens, or those a control picks. `moves` gets what the pages need."""
-        policy, before = sequence.policy, sequence.num_visual
-        assert policy is not None
-        if policy.source == "random":
-            importance = torch.rand(before, generator=sequence.generator)
-        elif policy.source == "uniform":
-            importance = torch.ones(before)
-        assert importance is not None
-        kept = survivors(policy, share, importance, sequence.image_of, sequence.images)
-        if kept.numel() < before:
-            with self.clock.measure("compaction"):
-                self._drop(sequence, kept, moves)
-        return _report(step, importance, kept)
-
-    def _drop(self, sequence: Sequence, kept: Tensor, moves: list[CompactionPlan]) -> None:
-        table = torch.tensor(sequence.block_table, device=self.model.device)
-        rows, old_positions, new_positions = sequence.drop_visual(kept)
-        # What the next step computes again is about to be overwritten.
-        kept_rows = 0 if sequence.finished else sequence.next_step().first
-        if kept_rows:
-            rows, old_positions, new_positions = (part[:kept_rows] for part in (rows, old_positions, new_positions))
-            moves.append(plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size))
-            assert sequence.origin is not None, "pages that are kept came from somewhere"
-            sequence.origin.moves.append((rows, new_positions - old_positions))
-        del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]
-
-
-def _report(step: int, importance: Tensor, kept: Tensor) -> PruningReport:
-    return PruningReport(step, None, importance.numel(), kept.numel(), importance.tolist(), kept.tolist())
+        rows = {}
+        for index, scores in found.items():
+            if not scores.averaged:
+                canvas_rows = scores.rows.cpu() + (packed.plans[index].first - batch[index].prompt_length)
+                rows[index] = counting[index][canvas_rows]
+        return self._pruner.importances(found, rows)

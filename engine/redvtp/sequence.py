@@ -15,7 +15,7 @@ from torch import Tensor
 
 from redvtp.denoising.canvas import Canvas
 from redvtp.denoising.schedule import schedule_of
-from redvtp.kv.rewriting import PageOrigin
+from redvtp.kv.rewriting import OriginCut, PageOrigin
 from redvtp.params import DenoisingParams
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.policy import PROMPT_ROWS, Policy
@@ -276,20 +276,58 @@ class Sequence:
         text[self.visual_rows] = False
         return torch.cat((text.nonzero()[:, 0], self.prompt_length + canvas))
 
+    def drops_inside_next(self) -> bool:
+        """Whether the next step drops visual tokens behind a layer, while it runs."""
+        return self.policy is not None and self.policy.layer is not None and self.share_next() is not None
+
+    @property
+    def withdraws_behind(self) -> int | None:
+        """The layer behind which no step sees visual tokens; None if all layers do."""
+        return self.policy.layer if self.policy is not None and self.policy.withdraw and self.num_visual else None
+
+    def cut_next(self) -> int | None:
+        """The layer behind which the next step goes on with fewer rows; None if all rows go through all layers."""
+        if self.drops_inside_next():
+            assert self.policy is not None
+            return self.policy.layer
+        return self.withdraws_behind
+
+    def without_visual(self) -> Tensor:
+        """[total_length] bool, the rows of prompt, canvas and suffix that are no visual tokens.
+
+        The last of the prompt is there in any case: with shifted logits it speaks about the canvas, and no prompt is
+        empty without it.
+        """
+        stays = self.survivors(self.visual_rows[:0])
+        stays[self.prompt_length - 1] = True
+        return stays
+
+    def positions(self) -> Tensor:
+        """[total_length] int64, of prompt, canvas and suffix."""
+        return torch.cat((self.prompt_positions, self.response_positions()))
+
     def response_positions(self, start: int = 0) -> Tensor:
         """Positions of the canvas from row `start` on, and of the suffix behind it."""
         first, end = self.canvas_position + start, self.canvas_position + self.gen_length + self.suffix_ids.numel()
         return torch.arange(first, end, device=self.prompt_positions.device)
 
-    def note_origin(self) -> None:
-        """Remember what the forward that is about to run computes pages from."""
+    def note_origin(self, cut: OriginCut | None = None) -> None:
+        """Remember what a forward over all rows, or over the prompt alone, computes pages from."""
         alone = self.denoising.cache == "prefix_lm"
         canvas_ids = torch.cat((self.canvas.tokens, self.suffix_ids))
         self.origin = PageOrigin(
             self.prompt_embeds,
             canvas_ids[:0] if alone else canvas_ids,
-            self.prompt_positions if alone else torch.cat((self.prompt_positions, self.response_positions())),
+            self.prompt_positions if alone else self.positions(),
+            cut,
         )
+
+    def survivors(self, kept: Tensor) -> Tensor:
+        """[total_length] bool, what remains of prompt, canvas and suffix with only the visual tokens `kept`."""
+        survives = torch.ones(self.total_length, dtype=torch.bool)
+        survives[self.visual_rows] = False
+        survives[self.visual_rows[kept]] = True
+        return survives
 
     def drop_visual(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keep only the visual tokens `kept` ([kept] int64, ascending, into the present ones).
@@ -298,10 +336,8 @@ class Sequence:
         after.
         """
         assert self.policy is not None, "only a policy drops tokens"
-        before = torch.cat((self.prompt_positions, self.response_positions()))
-        survives = torch.ones(self.total_length, dtype=torch.bool)
-        survives[self.visual_rows] = False
-        survives[self.visual_rows[kept]] = True
+        before = self.positions()
+        survives = self.survivors(kept)
         rows = survives.nonzero()[:, 0]
         prompt_survives = survives[: self.prompt_length]
         is_visual = torch.zeros_like(prompt_survives)
@@ -316,6 +352,6 @@ class Sequence:
             self.canvas_position = self.prompt_length
         else:
             self.prompt_positions = self.prompt_positions.index_select(0, prompt_rows)
-        after = torch.cat((self.prompt_positions, self.response_positions()))
+        after = self.positions()
         rows = rows.to(before.device)
         return rows, before[rows], after

@@ -63,7 +63,20 @@ def _requests(draw: st.DrawFn) -> _Request:
     )
     preset = draw(
         st.sampled_from(
-            ["redvtp", "late", "progressive", "zipvl", "random", "uniform", "attention-free", "external", "none"]
+            [
+                "redvtp",
+                "late",
+                "progressive",
+                "zipvl",
+                "random",
+                "uniform",
+                "attention-free",
+                "external",
+                "none",
+                "llada-fastv",
+                "fastv",
+                "layer-skip",
+            ]
         )
     )
     knobs: dict[str, Any] = {
@@ -80,7 +93,11 @@ def _requests(draw: st.DrawFn) -> _Request:
             knobs["attention_mass"] = draw(st.floats(0.01, 1.0))
             knobs["min_keep_ratio"] = draw(st.floats(0.01, 0.4))
             knobs["max_keep_ratio"] = draw(st.floats(0.4, 1.0))
-    if preset not in ("attention-free", "external", "none"):
+    if preset in ("redvtp", "progressive", "llada-fastv", "fastv", "layer-skip") and draw(st.booleans()):
+        knobs["prune_layer"] = draw(st.integers(0, LAYERS - 1))
+        knobs |= {"score_rows": draw(st.sampled_from([None, "masked", "response"]))} if preset != "layer-skip" else {}
+        knobs.pop("score_layers", None)
+    if preset not in ("attention-free", "external", "none", "layer-skip"):
         last = max(0, steps - 2)
         first = draw(st.none() | st.integers(0, last))
         knobs["prune_step"] = first

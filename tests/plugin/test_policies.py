@@ -30,6 +30,12 @@ ASKED: list[dict[str, Any]] = [
     {"pruning": "random", "prune_step": 2, "prune_steps": 2},
     {"pruning": "uniform", "prune_scope": "image"},
     {"pruning": "none"},
+    {"pruning": "llada-fastv"},
+    {"pruning": "fastv", "cache": "prefix", "prune_steps": 2},
+    {"pruning": "llada-fastv", "cache": "prefix_lm", "prune_layer": 0, "positions": "original"},
+    {"pruning": "llada-fastv", "cache": "prefix", "prune_step": 5, "prune_layer": 2},
+    {"pruning": "layer-skip", "cache": "prefix"},
+    {"pruning": "layer-skip", "cache": "prefix_lm", "prune_layer": 0},
 ]
 
 

@@ -138,8 +138,6 @@ def policy_of(params: PruningParams, num_layers: int, steps: int) -> Policy | No
     rows = params.score_rows if params.score_rows is not None else preset.rows
     if layer is not None and rows == "committed":
         raise ValueError("score_rows committed is known only after a step; leave prune_layer out or take other rows")
-    if layer is not None:
-        raise ValueError(f"pruning inside a step, behind layer {layer}, is not supported yet; take another preset")
     withheld = preset.before or preset.withdraw
     return Policy(
         source=preset.source,
