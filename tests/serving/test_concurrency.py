@@ -30,6 +30,9 @@ def test_every_pruning_policy_in_one_batch(client: openai.OpenAI, model: str) ->
         {"pruning": "late", "cache": "prefix"},
         {"pruning": "progressive", "prune_scope": "image"},
         {"pruning": "zipvl", "attention_mass": 0.5, "max_keep_ratio": 0.6},
+        {"pruning": "llada-fastv"},
+        {"pruning": "fastv", "cache": "prefix"},
+        {"pruning": "layer-skip"},
         {"pruning": "attention-free", "cache": "prefix_lm"},
         {"pruning": "external", "importance": [index % 7 + 0.5 for index in range(visual)]},
         {"pruning": "random", "prune_step": 3},
@@ -52,10 +55,11 @@ def test_every_pruning_policy_in_one_batch(client: openai.OpenAI, model: str) ->
     }
     assert steps == {
         "redvtp": [0], "late": [5], "progressive": [0, 1, 2, 3], "zipvl": [0], "attention-free": [-1],
-        "external": [-1], "random": [3], "uniform": [0, 1], "none": [],
+        "llada-fastv": [0], "fastv": [0], "layer-skip": [], "external": [-1], "random": [3],
+        "uniform": [0, 1], "none": [],
     }  # fmt: skip
     for knobs, (_, prunings) in zip(policies, alone, strict=True):
-        if knobs["pruning"] not in ("zipvl", "none"):
+        if knobs["pruning"] not in ("zipvl", "layer-skip", "none"):
             assert len(prunings[-1][1]) == int(0.3 * visual), knobs
 
 
