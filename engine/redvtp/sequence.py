@@ -30,8 +30,8 @@ class StepPlan:
 
     first: the row the forward begins with, of prompt, canvas and suffix; those before are read from pages.
     start: canvas rows from here on may be decided.
-    tokens_computed: also counts what another forward computes before it: a prompt that is encoded alone, or pages that
-    are written again.
+    tokens_computed: rows that enter it, and those of another forward before it: of a prompt that is encoded alone, or
+    of pages that are written again. Some may leave half way.
     """
 
     kind: str
@@ -59,8 +59,9 @@ class StepReport:
 
     new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. answer_length: the
     canvas tokens before the first stop sequence so far, all of them without one. prompt_length: kept prompt tokens
-    after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will compute;
-    resume_tokens: the same if the sequence is suspended before it.
+    after the step. kv_tokens, kv_blocks: held after the step. tokens_computed: rows through the language model; one
+    that left half way counts for the layers it went through, the sum is rounded up. next_tokens: rows that will enter
+    the next step, it computes no more; resume_tokens: the same if the sequence is suspended before it.
     """
 
     request_id: str
