@@ -16,6 +16,7 @@ import redvtp.runner
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.kv.blocks import blocks_needed
 from redvtp.local import Generation, LocalEngine, Request
+from redvtp.pruning.pruner import Pruner
 from redvtp.pruning.scores import AttentionScores
 from redvtp.sequence import Sequence
 
@@ -124,5 +125,5 @@ def _watched(engine: LocalEngine) -> list[tuple[Any, str, str]]:
         (language_model, "forward", "norms, rotary, activations, residuals"),
         (language_model, "logits", "logits"),
         (redvtp.runner, "propose", "choice of tokens"),
-        (redvtp.runner.DenoisingRunner, "_prune", "choice of visual tokens, compaction"),
+        (Pruner, "prune", "choice of visual tokens, compaction"),
     ]

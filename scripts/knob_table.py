@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vllm.sampling_params import SamplingParams
 
-from redvtp.params import DenoisingParams, PruningParams
+from redvtp.params import PRESET_KNOBS, DenoisingParams, PruningParams
 from vllm_redvtp.params import DEFAULT_REPORT, KNOBS, PREFIX, build_params
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "knobs.md"
@@ -34,6 +34,7 @@ OWN_FIELDS = {
 }
 # A dataclass cannot say these: what None stands for, and what belongs to the request and not to the engine.
 UNSET = {"block_length": "32, or the canvas if shorter", "steps": "half the canvas", "seed": "a new one"}
+UNSET |= dict.fromkeys(PRESET_KNOBS, "the preset's") | {"importance": "none"}
 REPORT = "what comes back as `kv_transfer_params`: nothing, counts, or counts and every step with its scores"
 Row = tuple[str, str, str, str]
 

@@ -32,7 +32,7 @@ COUNTERS = {
     "visual_tokens_kept": "Visual tokens that were left when those requests ended.",
     "prunings": "Prunings of a request's visual tokens.",
     "kv_blocks_freed": "KV cache blocks that prunings gave back while their requests went on.",
-    "tokens_computed": "Rows that went through the language model.",
+    "tokens_computed": "Rows that went through the language model; one that left half way counts for its layers.",
     "step_seconds": "Time of the worker's denoising steps, each for a whole batch.",
     "score_seconds": "Time within them for attention scores of visual tokens.",
     "compaction_seconds": "Time within them for dropping visual tokens and moving the KV cache rows that survive.",

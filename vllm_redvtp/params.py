@@ -19,7 +19,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
-from redvtp.params import BOUNDED_REMASKINGS, DenoisingParams, PruningParams, shown
+from redvtp.params import BOUNDED_REMASKINGS, PRESET_KNOBS, DenoisingParams, PruningParams, shown
 from redvtp.vision.encoder import DEFAULT_CACHE_BYTES
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ _CONFIDENCE_RULES = {"threshold", "min_confidence"}
 _DECIDING = _CONFIDENCE_RULES | {"steps", "schedule"}
 # `preset` alone would not say of what.
 _PRUNING = {"pruning" if field.name == "preset" else field.name: field.name for field in fields(PruningParams)}
+_OF_ONE_PRESET = {name for name, field in _PRUNING.items() if field in PRESET_KNOBS}
 KNOBS = tuple(sorted(_DENOISING | set(_PRUNING) | {"report"}))
 # Of the server only, no request can ask for another.
 VISION_CACHE_GB = "vision_cache_gb"
@@ -137,7 +138,10 @@ def build_params(
     report = values.pop("report", DEFAULT_REPORT)
     if report not in REPORTS:
         raise ValueError(f"report must be one of {', '.join(REPORTS)}, got {shown(report)}")
-    pruning = PruningParams(**{field: values.pop(name) for name, field in _PRUNING.items() if name in values})
+    if "pruning" in knobs and knobs["pruning"] != defaults.get("pruning", PruningParams().preset):
+        # How the server's own preset scores and when it prunes says nothing about another one.
+        values = {name: value for name, value in values.items() if name not in _OF_ONE_PRESET or name in knobs}
+    pruning = _pruning({name: values.pop(name) for name in _PRUNING if name in values})
     # A server default is a wish for canvases of the usual size; a shorter one takes what fits of it. A client's own
     # value never bends.
     bending = {name: values.pop(name) for name in ("block_length", "steps") if name in defaults and name not in knobs}
@@ -153,7 +157,8 @@ def build_params(
         # What stands behind an end token in a draft was asked for.
         ignore_eos=sampling.ignore_eos or bool(values.get("draft")),
     )
-    return RequestParams(_bend(denoising, bending), pruning, report)
+    denoising = _bend(denoising, bending)
+    return RequestParams(denoising, _bend_moment(pruning, denoising.resolved_steps, knobs), report)
 
 
 def sampling_params(params: RequestParams) -> SamplingParams:
@@ -191,6 +196,24 @@ def _bend(denoising: DenoisingParams, wishes: Mapping[str, Any]) -> DenoisingPar
         _positive("steps", steps)
         denoising = replace(denoising, steps=min(max(steps, denoising.num_blocks), denoising.gen_length))
     return denoising
+
+
+def _pruning(knobs: Mapping[str, Any]) -> PruningParams:
+    # JSON and vLLM know lists only.
+    values: dict[str, Any] = {
+        _PRUNING[name]: tuple(value) if isinstance(value, list) else value for name, value in knobs.items()
+    }
+    return PruningParams(**values)
+
+
+def _bend_moment(pruning: PruningParams, steps: int, knobs: Mapping[str, Any]) -> PruningParams:
+    """The server's prune_step and prune_steps, as far as these steps allow."""
+    last = max(0, steps - 2)
+    if pruning.prune_step is not None and "prune_step" not in knobs:
+        pruning = replace(pruning, prune_step=min(pruning.prune_step, last))
+    if pruning.prune_steps is not None and "prune_steps" not in knobs:
+        pruning = replace(pruning, prune_steps=max(1, min(pruning.prune_steps, last + 1 - (pruning.prune_step or 0))))
+    return pruning
 
 
 def _positive(name: str, value: Any) -> int:
@@ -265,7 +288,7 @@ class RequestKnobs(LogitsProcessor, LogitsProcessorV2):
         try:
             knobs = knob_values(sampling_params.extra_args)
             refuse_broken_text(sampling_params.extra_args or {})
-            PruningParams(**{field: knobs[name] for name, field in _PRUNING.items() if name in knobs})
+            _pruning({name: knobs[name] for name in _PRUNING if name in knobs})
         except ValueError as error:
             # The value is in the message and not in `value=`: a NaN there cannot be written as JSON.
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error

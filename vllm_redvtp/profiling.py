@@ -12,6 +12,7 @@ from redvtp.kv.cache import KVPages
 from redvtp.models.dvlm import TILES_AT_ONCE, Dvlm
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
+from redvtp.pruning.policy import policy_of
 from redvtp.runner import DenoisingRunner
 from redvtp.sequence import Sequence
 from redvtp.vision.tiling import image_mode
@@ -54,13 +55,14 @@ def profile_largest_step(
         gen_length = min(_GEN_LENGTH, length - 1)
         prompt = length - gen_length
         blocks = blocks_needed(length, block_size)
+        denoising = DenoisingParams(gen_length=gen_length, block_length=gen_length)
         batch.append(
             Sequence(
                 f"profile-{len(batch)}",
                 torch.zeros(prompt, config.hidden_size, dtype=model.dtype, device=model.device),
                 ((0, min(prompt, visual.shape[0])),),
-                DenoisingParams(gen_length=gen_length, block_length=gen_length),
-                PruningParams(),
+                denoising,
+                policy_of(PruningParams(), config.num_hidden_layers, denoising.resolved_steps),
                 special,
                 block_table=list(range(first_block, first_block + blocks)),
             )

@@ -89,27 +89,27 @@ class DiffusionRenderer(HfRenderer):
             # With images the processor has done this; without, a mark would reach the model as text.
             split_prompt(self.get_tokenizer(), decode_prompt(self.get_tokenizer(), ids), num_images=0)
         spans = [span for ranges in rendered.get("mm_placeholders", {}).values() for span in ranges]
-        rendered[CHECK] = partial(check, len(ids), sum(span.length for span in spans))
+        rendered[CHECK] = partial(check, len(ids), tuple(span.length for span in spans))
         return rendered
 
     def _check(
-        self, prompt_tokens: int, visual_tokens: int, sampling: SamplingParams, *, asked: int | None = None
+        self, prompt_tokens: int, images: tuple[int, ...], sampling: SamplingParams, *, asked: int | None = None
     ) -> None:
-        """asked: max_tokens as the client sent it; None where it sent none."""
+        """images: visual tokens of each. asked: max_tokens as the client sent it; None where it sent none."""
         try:
-            plan = self._planner.plan(sampling, prompt_tokens, asked=asked)
-            self._planner.check_fits(plan, visual_tokens)
+            plan = self._planner.plan(sampling, prompt_tokens, images, asked=asked)
+            self._planner.check_fits(plan)
         except ValueError as error:
             raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
         if asked is not None and asked == sampling.max_tokens == self.model_config.max_model_len - prompt_tokens:
             # Further on, a max_tokens that fills the context would read as "unset".
             RequestPlanner.settle(sampling, asked)
 
-    def _check_offline(self, prompt_tokens: int, visual_tokens: int, sampling: SamplingParams) -> None:
+    def _check_offline(self, prompt_tokens: int, images: tuple[int, ...], sampling: SamplingParams) -> None:
         """`LLM` shows the caller's own parameters, which may serve other prompts too and must not be written to."""
         asked = sampling.max_tokens
-        self._check(prompt_tokens, visual_tokens, sampling)
-        plan = self._planner.plan(sampling, prompt_tokens)
+        self._check(prompt_tokens, images, sampling)
+        plan = self._planner.plan(sampling, prompt_tokens, images)
         if asked is not None and asked > plan.denoising.gen_length and not plan.draft_ids:
             raise VLLMValidationError(
                 f"max_tokens {asked} is all that is left of the context, which vLLM cannot tell from leaving it out; "

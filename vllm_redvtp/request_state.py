@@ -46,8 +46,7 @@ class DenoisingState:
     @property
     def later_tokens(self) -> int:
         """What its steps compute once the first is done."""
-        canvas = self.plan.kv_tokens - self.plan.prompt_tokens
-        return self.kv_tokens if self.plan.denoising.cache == "none" else canvas
+        return self.kv_tokens if self.plan.denoising.cache == "none" else self.plan.canvas_tokens
 
     def suspend(self) -> None:
         """Preempted: what the pages held must be computed again."""

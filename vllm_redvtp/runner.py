@@ -98,12 +98,14 @@ class DiffusionModelRunner:
             self.sequences.pop(request_id, None)
         self._suspend_and_resume(scheduler_output)
         errors: dict[str, str] = {}
+        # What is dropped before a first step is scored as it is added.
+        clock = self._engine.clock
+        before = dict(clock.seconds)
         self._add(scheduler_output.scheduled_new_reqs, errors)
         scheduled = list(scheduler_output.num_scheduled_tokens)
         if not scheduled:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        started, clock = time.perf_counter(), self._engine.clock
-        before = dict(clock.seconds)
+        started = time.perf_counter()
         reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
         return DenoisingOutput(
             req_ids=scheduled,
@@ -168,17 +170,18 @@ class DiffusionModelRunner:
         # The scheduler refuses requests without them.
         assert prompt is not None
         assert sampling is not None
-        plan = self.planner.plan(sampling, len(prompt), request.req_id)
         spans = tuple(
             (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length)
             for feature in request.mm_features
         )
-        return Sequence(
+        images = tuple(end - start for start, end in spans)
+        plan = self.planner.plan(sampling, len(prompt), images, request.req_id)
+        sequence = Sequence(
             request.req_id,
             self.model.embed_prompt(torch.tensor(prompt, device=self.device), spans, visual),
             spans,
             plan.denoising,
-            plan.params.pruning,
+            plan.policy,
             self.planner.special,
             self.config.family.shifted_logits,
             stop_ids=plan.stop_ids,
@@ -186,6 +189,8 @@ class DiffusionModelRunner:
             block_table=list(request.block_ids[0]),
             draft_ids=plan.draft_ids,
         )
+        self._engine.prune_before(sequence)
+        return sequence
 
     def _step(self, batch: list[Sequence], errors: dict[str, str]) -> dict[str, StepReport]:
         """One step of the batch. What fails is reported in `errors` and costs only the requests it concerns.

@@ -88,10 +88,11 @@ class DiffusionScheduler(Scheduler):
             raise ValueError(
                 "diffusion decoding generates from prompt tokens; pooling and prompt embeddings are not supported"
             )
-        plan = self._planner.plan(sampling, request.num_prompt_tokens, request.request_id)
         places = [feature.mm_position for feature in request.mm_features]
+        images = tuple(place.length for place in places)
+        plan = self._planner.plan(sampling, request.num_prompt_tokens, images, request.request_id)
         state = DenoisingState(plan, tuple((place.offset, place.offset + place.length) for place in places))
-        self._planner.check_fits(plan, state.visual_tokens)
+        self._planner.check_fits(plan)
         self._planner.settle(sampling, plan.denoising.gen_length)
         request.max_tokens = plan.denoising.gen_length
         if plan.draft_ids:

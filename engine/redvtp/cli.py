@@ -182,7 +182,7 @@ def _draw(path: Path, trace: Trace, request: Request) -> None:
     from redvtp.models.config import load_config
 
     if not trace["prunings"]:
-        reason = "the first step decided every token, so no visual token was scored; take more --steps"
+        reason = "the answer was complete before a step after which visual tokens are dropped; take more --steps"
         print(f"redvtp generate: no heat map was written: {reason}", file=sys.stderr)
         return
     draw_saved(request.images, load_config(trace["model"]), trace).save(path)

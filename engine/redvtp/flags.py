@@ -7,6 +7,7 @@ their own words, so a mistake reads the same here as from the server.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,7 +16,17 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from redvtp.params import CACHES, POSITIONS, PRESETS, REMASKINGS, SCHEDULES, DenoisingParams, PruningParams
+from redvtp.params import (
+    CACHES,
+    POSITIONS,
+    PRESETS,
+    REMASKINGS,
+    SCHEDULES,
+    SCOPES,
+    SCORE_ROWS,
+    DenoisingParams,
+    PruningParams,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -70,7 +81,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def params_of(options: argparse.Namespace) -> tuple[DenoisingParams, PruningParams]:
     """Raises ValueError or BadInput naming the first flag with a value that is not allowed."""
-    return denoising_of(options), PruningParams(options.pruning, options.keep_ratio, options.positions)
+    given = vars(options) | {"preset": options.pruning, "importance": importance_of(options.importance)}
+    return denoising_of(options), PruningParams(**{field.name: given[field.name] for field in fields(PruningParams)})
+
+
+def importance_of(file: Path | None) -> tuple[float, ...]:
+    """The list of numbers in a JSON file. Raises BadInput where there is none."""
+    if file is None:
+        return ()
+    try:
+        numbers = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"--importance {file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"--importance {file} is not JSON: {error}") from error
+    if not isinstance(numbers, list):
+        raise BadInput(f"--importance {file} must hold a list, one number for each visual token of the request")
+    return tuple(numbers)
 
 
 def denoising_of(options: argparse.Namespace, **instead: object) -> DenoisingParams:
@@ -210,12 +237,30 @@ def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False, man
 def _pruning_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("visual-token pruning").add_argument
     usual: dict[str, Any] = {field.name: field.default for field in fields(PruningParams)}
-    presets = f"{' or '.join(PRESETS)} (default %(default)s)"
+    presets = f"{', '.join(PRESETS)} (default %(default)s); docs/pruning.md says which when"
     add("--pruning", default=usual["preset"], metavar="PRESET", help=presets)
     share = "share of the visual tokens kept, in (0, 1] (default %(default)s)"
     add("--keep-ratio", type=number, default=usual["keep_ratio"], metavar="R", help=share)
     positions = f"{' or '.join(POSITIONS)}: renumber what survives, or not (default %(default)s)"
     add("--positions", default=usual["positions"], metavar="NAME", help=positions)
+    rows = f"whose attention counts: {', '.join(SCORE_ROWS)} (default: the preset's)"
+    add("--score-rows", metavar="NAME", help=rows)
+    add("--score-layers", metavar="N or A:B", help="which layers' attention counts (default: the preset's)")
+    mass = "keep the smallest set with this share of all importance, instead of --keep-ratio"
+    add("--attention-mass", type=number, metavar="M", help=mass)
+    for flag, which in (("min-keep-ratio", "least"), ("max-keep-ratio", "most")):
+        limit = f"the {which} that --attention-mass may keep (default %(default)s)"
+        add(f"--{flag}", type=number, default=usual[flag.replace("-", "_")], metavar="R", help=limit)
+    moment = "the denoising step, from 0, after which tokens are dropped first (default: the preset's)"
+    add("--prune-step", type=integer, metavar="N", help=moment)
+    several = "over how many steps the share falls to --keep-ratio (default: the preset's)"
+    add("--prune-steps", type=integer, metavar="N", help=several)
+    layer = "drop inside the step, behind this layer, from 0 (default: the preset's)"
+    add("--prune-layer", type=integer, metavar="N", help=layer)
+    scope = f"{' or '.join(SCOPES)}: the best of all images together, or of each by itself (default %(default)s)"
+    add("--prune-scope", default=usual["prune_scope"], metavar="NAME", help=scope)
+    importance = "with --pruning external: a JSON list, one number for each visual token of the request"
+    add("--importance", type=Path, metavar="FILE.json", help=importance)
 
 
 def engine_flags(parser: argparse.ArgumentParser, choice: bool = True) -> None:

@@ -32,6 +32,7 @@ from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
+from redvtp.pruning.policy import Policy, policy_for
 from redvtp.runner import DenoisingRunner
 from redvtp.sequence import Sequence, StepReport
 from redvtp.vision.encoder import DEFAULT_CACHE_BYTES, ImageEncoder, ImageInput, content_digest
@@ -144,7 +145,7 @@ class LocalEngine:
                 yield int(entry.sequence.request_id), entry.generation
 
     def tokenize(self, request: Request) -> PromptTokens:
-        """The prompt as tokens. Raises ValueError when it cannot be served: marks, image sizes, length."""
+        """The prompt as tokens. Raises ValueError when it cannot be served: marks, image sizes, pruning, length."""
         mode = image_mode(self.config, len(request.images))
         counts = [visual_token_count(*image.size, self.config, mode) for image in request.images]
         pieces = split_prompt(self.tokenizer, request.prompt, len(request.images))
@@ -159,9 +160,10 @@ class LocalEngine:
                 f"{denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use "
                 f"a smaller image"
             )
-        if blocks_needed(len(prompt.ids) + extra, self.cache.block_size) > self.cache.num_blocks:
+        held = self._kv_tokens(request, prompt)
+        if blocks_needed(held, self.cache.block_size) > self.cache.num_blocks:
             raise ValueError(
-                f"prompt plus gen_length needs {len(prompt.ids) + extra:,} tokens of KV cache, which has "
+                f"prompt plus gen_length needs {held:,} tokens of KV cache, which has "
                 f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks"
             )
         return prompt
@@ -185,12 +187,12 @@ class LocalEngine:
     ) -> Sequence:
         denoising, draft_ids = self._lay_out(request)
         ids = torch.tensor(prompt.ids, device=self.device)
-        return Sequence(
+        sequence = Sequence(
             request_id,
             self.model.embed_prompt(ids, prompt.visual_spans, visual),
             prompt.visual_spans,
             denoising,
-            request.pruning,
+            self._policy(request, prompt),
             self.special,
             self.config.family.shifted_logits,
             stop_ids=tuple(tuple(self._encode(stop)) for stop in denoising.stop),
@@ -198,6 +200,8 @@ class LocalEngine:
             block_table=block_table,
             draft_ids=draft_ids,
         )
+        self.runner.prune_before(sequence)
+        return sequence
 
     def _generation(self, request: Request) -> tuple[Generation, PromptTokens]:
         prompt = self.tokenize(request)
@@ -229,6 +233,18 @@ class LocalEngine:
     def _lay_out(self, request: Request) -> tuple[DenoisingParams, tuple[int, ...]]:
         return lay_out(self.tokenizer, request.denoising, self.special.mask_id)
 
+    def _policy(self, request: Request, prompt: PromptTokens) -> Policy | None:
+        denoising, _ = self._lay_out(request)
+        layers = self.config.num_hidden_layers
+        return policy_for(request.pruning, denoising, layers, len(prompt.ids), prompt.images)
+
+    def _kv_tokens(self, request: Request, prompt: PromptTokens) -> int:
+        """Tokens whose keys and values the cache must hold at first."""
+        denoising, _ = self._lay_out(request)
+        policy = self._policy(request, prompt)
+        dropped = 0 if policy is None else sum(prompt.images) - policy.visual_at_first(prompt.images)
+        return len(prompt.ids) - dropped + denoising.gen_length + len(self._encode(denoising.suffix))
+
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
         return ids
@@ -238,9 +254,8 @@ class LocalEngine:
         admitted: list[tuple[int, Generation, PromptTokens, list[int]]] = []
         while waiting and len(running) + len(admitted) < self.max_num_seqs:
             number, (generation, prompt) = waiting[0]
-            denoising = generation.request.denoising
-            tokens = len(prompt.ids) + denoising.gen_length + len(self._encode(denoising.suffix))
-            blocks = self.blocks.allocate(blocks_needed(tokens, self.cache.block_size))
+            held = self._kv_tokens(generation.request, prompt)
+            blocks = self.blocks.allocate(blocks_needed(held, self.cache.block_size))
             if blocks is None:
                 break
             waiting.popleft()

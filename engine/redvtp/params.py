@@ -7,6 +7,7 @@ once and refused with the same sentence everywhere. The messages are fit for an 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 CACHES = ("none", "prefix", "prefix_lm")
@@ -14,8 +15,33 @@ REMASKINGS = ("low_confidence", "entropy", "margin", "random")
 # Those whose confidence is a number in [0, 1] that says how sure the model is.
 BOUNDED_REMASKINGS = ("low_confidence", "margin")
 SCHEDULES = ("even", "linear", "shift", "cosine", "logit_normal", "dream")
-PRESETS = ("redvtp", "random", "uniform", "none")
+PRESETS = (
+    "redvtp",
+    "llada-fastv",
+    "fastv",
+    "late",
+    "progressive",
+    "zipvl",
+    "layer-skip",
+    "attention-free",
+    "external",
+    "random",
+    "uniform",
+    "none",
+)
+# Pruning knobs that a preset gives a meaning to, or none.
+PRESET_KNOBS = (
+    "score_rows",
+    "score_layers",
+    "attention_mass",
+    "prune_step",
+    "prune_steps",
+    "prune_layer",
+    "importance",
+)
 POSITIONS = ("compact", "original")
+SCORE_ROWS = ("masked", "response", "prompt", "prompt_response", "committed")
+SCOPES = ("all", "image")
 
 # One of these in a draft is one token to fill in.
 MASK_MARK = "<mask>"
@@ -29,6 +55,9 @@ SCHEDULE_SHIFTS = (0.001, 1000)
 # Up to 1 the factor rule has its theory; at this one it asks for nothing within any usual canvas block.
 MAX_THRESHOLD = 1000
 _SHOWN_LENGTH = 120
+_FLOAT32_LIMIT = 3e38
+# A layer, or a range of them.
+_LAYERS = re.compile(r"\d{1,4}(:\d{1,4})?")
 
 
 def shown(value: object) -> str:
@@ -191,12 +220,29 @@ class DenoisingParams:
 
 @dataclass(frozen=True, slots=True)
 class PruningParams:
-    """When and how visual tokens are dropped (RedVTP, arXiv 2511.12428, section 3).
+    """When and how visual tokens are dropped. What None stands for is the preset's (`redvtp.pruning.policy`).
 
-    preset: `redvtp` prunes once, after the first denoising step, by attention; `random` and `uniform` (evenly spaced)
-    prune then without looking, to compare with; `none` keeps every visual token.
-    keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays.
+    preset: `redvtp` prunes once, after the first denoising step, by attention (arXiv 2511.12428, section 3);
+    `llada-fastv` (arXiv 2601.20168) and `fastv` (arXiv 2403.06764) inside that step, half way down or behind the second
+    layer; `late` after half of the steps, `progressive` in several prunings, `zipvl` (arXiv 2410.08584) as much as the
+    attention allows; `layer-skip` (arXiv 2511.15098) drops nothing but spares the deeper layers the visual tokens;
+    `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's own
+    `importance`; `random` and `uniform` (evenly spaced) prune after the first step without looking, to compare with;
+    `none` keeps every visual token.
+    keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays. 1 keeps everything, whatever
+    the preset.
     positions: `compact` renumbers the survivors 0..n-1 (the reference), `original` keeps the positions they had.
+    score_rows: whose attention counts: response positions that are still undecided after the step (`masked`), the whole
+    `response`, the `prompt`'s text, `prompt_response`, or what the step has just `committed`.
+    score_layers: which layers' attention counts, one (`7`) or a range without its end (`12:24`).
+    attention_mass: keep the smallest set of tokens that holds this share of all importance, instead of keep_ratio.
+    min_keep_ratio: the least that attention_mass may keep, as a share of the request's visual tokens.
+    max_keep_ratio: the most that attention_mass may keep.
+    prune_step: the denoising step, from 0, after which tokens are dropped for the first time.
+    prune_steps: over how many steps, one after the other, the share falls to keep_ratio.
+    prune_layer: drop inside the step, behind this layer (from 0); with `layer-skip` the last one with visual tokens.
+    prune_scope: the best of `all` images together, or of each `image` by itself.
+    importance: one number for each visual token of the request, for `external`.
 
     Raises ValueError naming the knob, the value and what is allowed.
     """
@@ -204,9 +250,48 @@ class PruningParams:
     preset: str = "redvtp"
     keep_ratio: float = 0.5
     positions: str = "compact"
+    score_rows: str | None = None
+    score_layers: str | None = None
+    attention_mass: float | None = None
+    min_keep_ratio: float = 0.05
+    max_keep_ratio: float = 1.0
+    prune_step: int | None = None
+    prune_steps: int | None = None
+    prune_layer: int | None = None
+    prune_scope: str = "all"
+    importance: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("pruning", self.preset, PRESETS)
-        if not _is_number(self.keep_ratio) or not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must be a number in (0, 1], got {shown(self.keep_ratio)}")
+        _share("keep_ratio", self.keep_ratio)
         _one_of("positions", self.positions, POSITIONS)
+        if self.score_rows is not None:
+            _one_of("score_rows", self.score_rows, SCORE_ROWS)
+        if self.score_layers is not None and not _LAYERS.fullmatch(str(self.score_layers)):
+            raise ValueError(f"score_layers must be a layer N or a range A:B, got {shown(self.score_layers)}")
+        if self.attention_mass is not None:
+            _share("attention_mass", self.attention_mass)
+        _share("min_keep_ratio", self.min_keep_ratio)
+        _share("max_keep_ratio", self.max_keep_ratio)
+        if self.min_keep_ratio > self.max_keep_ratio:
+            raise ValueError(
+                f"min_keep_ratio must be at most max_keep_ratio ({self.max_keep_ratio}), got {self.min_keep_ratio}"
+            )
+        if self.prune_step is not None:
+            _integer("prune_step", self.prune_step, 0)
+        if self.prune_steps is not None:
+            _integer("prune_steps", self.prune_steps, 1)
+        if self.prune_layer is not None:
+            _integer("prune_layer", self.prune_layer, 0)
+        _one_of("prune_scope", self.prune_scope, SCOPES)
+        if not isinstance(self.importance, tuple) or not all(map(_fits_float32, self.importance)):
+            raise ValueError(f"importance must be finite numbers, got {shown(self.importance)}")
+
+
+def _fits_float32(value: object) -> bool:
+    return _is_number(value) and abs(value) < _FLOAT32_LIMIT  # type: ignore[arg-type]
+
+
+def _share(name: str, value: object) -> None:
+    if not _is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number in (0, 1], got {shown(value)}")

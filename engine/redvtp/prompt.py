@@ -65,6 +65,11 @@ class PromptTokens:
     ids: tuple[int, ...]
     visual_spans: tuple[tuple[int, int], ...]
 
+    @property
+    def images(self) -> tuple[int, ...]:
+        """Visual tokens of each image."""
+        return tuple(end - start for start, end in self.visual_spans)
+
 
 def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; only local files are read."""

@@ -6,7 +6,8 @@ driver (`LocalEngine`, or vLLM's worker through vllm_redvtp) owns admission and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, count
@@ -17,16 +18,18 @@ from torch import Tensor
 from redvtp.attention.batch import Attention, MakeAttention, Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.clock import Clock
+from redvtp.cuts import StepCuts, rest_of_origin, rest_of_withdrawal
 from redvtp.denoising.remasking import Choice, keep_best, propose, suppress
 from redvtp.kv.blocks import blocks_needed, slots_of_all
 from redvtp.kv.cache import KVPages
-from redvtp.kv.compaction import CompactionPlan, compact, joined, plan_compaction
-from redvtp.kv.rewriting import RewritingAttention
+from redvtp.kv.compaction import compact_each
+from redvtp.kv.rewriting import OriginCut, RewritingAttention
 from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
-from redvtp.pruning.budget import evenly_spaced, most_important, tokens_to_keep
-from redvtp.pruning.scores import AttentionScores, masked_row_importance
+from redvtp.pruning.pruner import Moves, Pruner
+from redvtp.pruning.scores import AttentionScores
 from redvtp.sequence import PruningReport, Sequence, StepPlan, StepReport
+from redvtp.stages import Passed, Rest, Shorten, run_in_stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,13 @@ class PackedStep:
     """The forward of one step.
 
     hidden: [tokens, hidden] of all sequences, before the final norm. segments: whose rows are whose. plans: what was
-    computed.
+    computed. cuts: what left half way.
     """
 
     hidden: Tensor
     segments: list[Segment]
     plans: list[StepPlan]
+    cuts: StepCuts
 
     def logit_rows(self, index: int, sequence: Sequence, canvas_rows: Tensor) -> Tensor:
         """Packed rows whose logits are about canvas_rows [rows] of sequence `index`; they lie at or after its plan's
@@ -73,11 +77,19 @@ class DenoisingRunner:
         self.model = model
         self.cache = cache
         self.special = special
-        self._reduce_scores = reduce_scores
         self._agree = agree or (lambda numbers: numbers)
         self._make_attention = attention or partial(TorchPagedAttention, cache)
         self.clock = Clock(model.device)
+        self._pruner = Pruner(cache, model.device, self.clock, reduce_scores, self._agree)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
+        # By the `id` of a sequence, its rows in this step summed over the layers they went through.
+        self._row_layers: Counter[int] = Counter()
+
+    @torch.inference_mode()
+    def prune_before(self, sequence: Sequence) -> None:
+        """Drop what the policy keeps from even the first forward. To be called once, before the sequence's first step;
+        from then on it needs blocks for the survivors only."""
+        self._pruner.prune_before(sequence)
 
     @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
@@ -85,6 +97,7 @@ class DenoisingRunner:
         plans = [sequence.next_step() for sequence in batch]
         positions = [(sequence.canvas.block, sequence.steps_done) for sequence in batch]
         held = [blocks_needed(sequence.total_length, self.cache.block_size) for sequence in batch]
+        self._row_layers.clear()
         self.rewrite_pages(batch)
         self.encode_prompts([sequence for sequence in batch if sequence.encodes_prompt_next()])
         # An end token right behind the prompt leaves nothing to denoise.
@@ -99,7 +112,7 @@ class DenoisingRunner:
                     step=step,
                     canvas_block=block,
                     kind=plan.kind,
-                    tokens_computed=plan.tokens_computed,
+                    tokens_computed=-(-self._row_layers[id(sequence)] // self.model.config.num_hidden_layers),
                     kv_tokens=sequence.total_length,
                     kv_blocks=blocks,
                     blocks_freed=before - blocks,
@@ -111,9 +124,10 @@ class DenoisingRunner:
                     finish_reason=sequence.finish_reason,
                     next_tokens=0 if sequence.finished else sequence.next_step().tokens_computed,
                     resume_tokens=0 if sequence.finished else sequence.resume_tokens(),
-                    pruning=prunings.get(id(sequence)),
+                    pruning=prunings.get(id(sequence), sequence.unreported),
                 )
             )
+            sequence.unreported = None
         return reports
 
     @torch.inference_mode()
@@ -128,16 +142,22 @@ class DenoisingRunner:
                     for part in (origin.prompt_embeds, response)]  # fmt: skip
             ends = list(accumulate(origin.tokens for origin in origins))
             segments = [Segment(start, end, write_slots=None) for start, end in zip([0, *ends], ends, strict=False)]
-            attention = RewritingAttention(
-                self._attention(segments),
+            sequences = [sequence for sequence, _ in lost]
+            slots = self._slots(sequences, [sequence.next_step().first for sequence in sequences])
+
+            def attention(stage: list[Segment]) -> Attention:
+                rotary = self.model.language_model.rotary
+                return RewritingAttention(self._attention(stage), stage, origins, slots, self.cache, rotary)
+
+            self._run(
+                sequences,
+                torch.cat(rows),
+                torch.cat([origin.positions for origin in origins]),
                 segments,
-                origins,
-                self._slots([sequence for sequence, _ in lost], [sequence.next_step().first for sequence, _ in lost]),
-                self.cache,
-                self.model.language_model.rotary,
+                attention,
+                {index: origin.cut.layer for index, origin in enumerate(origins) if origin.cut is not None},
+                lambda indices, _: [rest_of_origin(origins[index]) for index in indices],
             )
-            positions = torch.cat([origin.positions for origin in origins])
-            self.model.language_model(torch.cat(rows), positions, attention)
         for sequence in batch:
             sequence.pages_lost = False
 
@@ -151,14 +171,24 @@ class DenoisingRunner:
             return
         lengths = [sequence.prompt_length for sequence in batch]
         ends = list(accumulate(lengths))
-        segments = [Segment(*part) for part in zip([0, *ends], ends, self._slots(batch, lengths), strict=False)]
-        for sequence in batch:
-            sequence.note_origin()
+        slots = self._slots(batch, lengths)
+        segments = [Segment(*part) for part in zip([0, *ends], ends, slots, strict=False)]
+        cuts: dict[int, int] = {}
+        rests: dict[int, Rest] = {}
+        for index, sequence in enumerate(batch):
+            if (layer := sequence.withdraws_behind) is None:
+                sequence.note_origin()
+            else:
+                cuts[index], rests[index] = layer, rest_of_withdrawal(sequence, 0, slots[index])
+                sequence.note_origin(OriginCut(layer, rests[index].rows, rests[index].positions, in_place=True))
         rows = torch.cat([sequence.prompt_embeds for sequence in batch])
         positions = torch.cat([sequence.prompt_positions for sequence in batch])
-        hidden = self.model.language_model(rows, positions, self._attention(segments))
+        passed = self._run(
+            batch, rows, positions, segments, self._attention, cuts, lambda indices, _: [rests[i] for i in indices]
+        )
         if self.model.config.family.shifted_logits:
-            last = self._logits(hidden[torch.tensor(ends, device=hidden.device) - 1])
+            ends = [segment.end for segment in passed.segments]
+            last = self._logits(passed.hidden[torch.tensor(ends, device=self.model.device) - 1])
             first = self._agree(last[:, : self.special.vocab].argmax(-1))
             for sequence, token in zip(batch, first.tolist(), strict=True):
                 sequence.canvas.decide(0, token)
@@ -168,33 +198,44 @@ class DenoisingRunner:
         if not batch:
             return {}
         packed = self.forward(batch)
-        for sequence, plan in zip(batch, packed.plans, strict=True):
+        for index, (sequence, plan) in enumerate(zip(batch, packed.plans, strict=True)):
             if sequence.denoising.cache == "prefix" and plan.kind == "full":
-                sequence.note_origin()
+                sequence.note_origin(packed.cuts.of_origin(index))
         undecided = [sequence.canvas.masked() for sequence in batch]
         steps = [sequence.steps_done for sequence in batch]
-        pruning_due = [sequence.prunes_next() for sequence in batch]
+        shares = [sequence.share_next() for sequence in batch]
         still_masked: list[Tensor] = []
+        counting: list[Tensor] = []
         for sequence, before, committed in zip(batch, undecided, self._commit(batch, packed), strict=True):
             if self.model.config.family.scores_proposed_masks:
                 after = sequence.canvas.masked()
             else:
                 # A committed row is decided even if the model proposed the mask id for it.
                 after = before.index_fill(0, committed, False)
-            still_masked.append(after[before])
-        importances = self._importances(packed.segments, still_masked)
+            still_masked.append(after)
+            just_committed = torch.zeros_like(before).index_fill(0, committed, True)
+            counting.append(just_committed if sequence.score_rows == "committed" else after)
+        # With nothing left to decide there is nothing to prune for.
+        going_on = [bool(masked.any()) for masked in still_masked]
+        importances = self._importances(packed, batch, counting, going_on)
         prunings: dict[int, PruningReport] = {}
-        moves: list[CompactionPlan] = []
+        moves: Moves = []
         for index, sequence in enumerate(batch):
-            importance = importances.get(index)
+            inside = packed.cuts.dropped.get(index)
+            importance, share = importances.get(index) if inside is None else inside.importance, shares[index]
             if importance is not None and self.observe is not None:
                 self.observe(sequence, steps[index], importance)
-            # With nothing left to decide there is nothing to prune for.
-            if pruning_due[index] and bool(still_masked[index].any()):
-                prunings[id(sequence)] = self._prune(sequence, importance, steps[index], moves)
+            blind = sequence.policy is not None and sequence.policy.source != "attention"
+            if inside is not None:
+                layer, first = packed.cuts.layers[index], packed.plans[index].first
+                prunings[id(sequence)] = self._pruner.settle(
+                    sequence, layer, first, inside.importance, inside.kept, steps[index], moves
+                )
+            elif share is not None and going_on[index] and (blind or importance is not None):
+                prunings[id(sequence)] = self._pruner.prune(sequence, share, importance, steps[index], moves)
         if moves:
             with self.clock.measure("compaction"):
-                compact(self.cache, joined(moves), self.model.language_model.rotary)
+                compact_each(self.cache, moves, self.model.language_model.rotary)
         for sequence in batch:
             # Not a moment longer: it may hold the embeddings of the tokens that were dropped.
             if sequence.finished or sequence.next_step().first == 0:
@@ -203,7 +244,7 @@ class DenoisingRunner:
 
     @torch.inference_mode()
     def forward(self, batch: list[Sequence]) -> PackedStep:
-        """The model over every sequence's next step. Writes K/V pages; changes no sequence."""
+        """The model over every sequence's next step. Writes and moves K/V pages; changes no sequence."""
         plans = [sequence.next_step() for sequence in batch]
         canvas_starts = [max(0, plan.first - seq.prompt_length) for plan, seq in zip(plans, batch, strict=True)]
         ids = [ids for seq, start in zip(batch, canvas_starts, strict=True)
@@ -223,8 +264,28 @@ class DenoisingRunner:
             positions += [sequence.prompt_positions[plan.first :], counting[sequence.canvas_position + start : end]]
             segments.append(self._segment(sequence, plan, row, own))
             row = segments[-1].end
-        hidden = self.model.language_model(torch.cat(rows), torch.cat(positions), self._attention(segments))
-        return PackedStep(hidden, segments, plans)
+        rotary = self.model.language_model.rotary
+        cuts = StepCuts(batch, plans, slots, self.cache, rotary, self.clock, self._pruner)
+        passed = self._run(
+            batch, torch.cat(rows), torch.cat(positions), segments, self._attention, cuts.layers, cuts.shorten
+        )
+        return PackedStep(passed.hidden, passed.segments, plans, cuts)
+
+    def _run(
+        self,
+        batch: list[Sequence],
+        rows: Tensor,
+        positions: Tensor,
+        segments: list[Segment],
+        attention: Callable[[list[Segment]], Attention],
+        cuts: Mapping[int, int],
+        shorten: Shorten,
+    ) -> Passed:
+        """See `run_in_stages`; counts what it takes."""
+        passed = run_in_stages(self.model.language_model, rows, positions, segments, attention, cuts, shorten)
+        for sequence, row_layers in zip(batch, passed.row_layers, strict=True):
+            self._row_layers[id(sequence)] += row_layers
+        return passed
 
     def _attention(self, segments: list[Segment]) -> Attention:
         return self._make_attention(segments, self.model.config.head_dim**-0.5)
@@ -239,13 +300,18 @@ class DenoisingRunner:
         scores = None
         observed = self.observe is not None and plan.kind == "full" and sequence.num_visual > 0
         if observed or sequence.scores_next():
-            canvas_rows = sequence.prompt_length + sequence.canvas.masked().nonzero()[:, 0]
+            policy = sequence.policy
+            layers = range(config.num_hidden_layers) if policy is None else range(*policy.layers)
+            if sequence.withdraws_behind is not None:
+                # Further down nobody looks at them.
+                layers = layers[: sequence.withdraws_behind + 1]
             scores = AttentionScores(
-                (canvas_rows - plan.first).to(device),
+                (sequence.scored_rows(plan.start) - plan.first).to(device),
                 sequence.visual_rows.to(device),
                 config.num_attention_heads,
-                config.num_hidden_layers,
+                layers,
                 self.clock,
+                averaged=sequence.score_rows not in ("masked", "committed"),
             )
         return Segment(
             start=first_row,
@@ -282,57 +348,24 @@ class DenoisingRunner:
             committed.append(masked[chosen])
         return committed
 
-    def _importances(self, segments: list[Segment], still_masked: list[Tensor]) -> dict[int, Tensor]:
-        """[visual] float32 on the CPU, for each segment that was scored and has something left to decide."""
+    def _importances(
+        self, packed: PackedStep, batch: list[Sequence], counting: list[Tensor], going_on: list[bool]
+    ) -> dict[int, Tensor]:
+        """[visual] float32 on the CPU, for each sequence that was scored, goes on and has a row that counts.
+
+        counting: for each sequence [gen_length] bool, the canvas rows whose attention counts.
+        """
         found = {
             index: segment.scores
-            for index, (segment, masked) in enumerate(zip(segments, still_masked, strict=True))
-            if segment.scores is not None and bool(masked.any())
+            for index, (segment, plan) in enumerate(zip(packed.segments, packed.plans, strict=True))
+            if segment.scores is not None
+            and going_on[index]
+            and index not in packed.cuts.dropped
+            and (segment.scores.averaged or bool(counting[index][plan.start :].any()))
         }
-        if not found:
-            return {}
-        with self.clock.measure("score"):
-            return self._mean_over_masked(found, still_masked)
-
-    def _mean_over_masked(self, found: dict[int, AttentionScores], still_masked: list[Tensor]) -> dict[int, Tensor]:
-        scored = {index: scores.by_row() for index, scores in found.items()}
-        if self._reduce_scores is not None:
-            # Once for all of them.
-            summed = self._reduce_scores(torch.cat([rows.flatten() for rows in scored.values()]))
-            parts = summed.split([rows.numel() for rows in scored.values()])
-            scored = {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
-        means = [masked_row_importance(rows, still_masked[index].to(rows.device)) for index, rows in scored.items()]
-        agreed = self._agree(torch.cat(means)).cpu()
-        return dict(zip(scored, agreed.split([part.numel() for part in means]), strict=True))
-
-    def _prune(
-        self, sequence: Sequence, importance: Tensor | None, step: int, moves: list[CompactionPlan]
-    ) -> PruningReport:
-        """Drop the least important visual tokens, or those a control picks. `moves` gets what the pages need."""
-        before = sequence.num_visual
-        keep = tokens_to_keep(before, sequence.pruning.keep_ratio)
-        if sequence.pruning.preset == "random":
-            importance = torch.rand(before, generator=sequence.generator)
-            kept = most_important(importance, keep)
-        elif sequence.pruning.preset == "uniform":
-            importance = torch.ones(before)
-            kept = evenly_spaced(before, keep)
-        else:
-            assert importance is not None
-            kept = most_important(importance, keep)
-        if kept.numel() < before:
-            with self.clock.measure("compaction"):
-                self._drop(sequence, kept, moves)
-        return PruningReport(step, None, before, kept.numel(), importance.tolist(), kept.tolist())
-
-    def _drop(self, sequence: Sequence, kept: Tensor, moves: list[CompactionPlan]) -> None:
-        table = torch.tensor(sequence.block_table, device=self.model.device)
-        rows, old_positions, new_positions = sequence.drop_visual(kept)
-        # What the next step computes again is about to be overwritten.
-        kept_rows = 0 if sequence.finished else sequence.next_step().first
-        if kept_rows:
-            rows, old_positions, new_positions = (part[:kept_rows] for part in (rows, old_positions, new_positions))
-            moves.append(plan_compaction(table, rows, old_positions, new_positions, self.cache.block_size))
-            assert sequence.origin is not None, "pages that are kept came from somewhere"
-            sequence.origin.moves.append((rows, new_positions - old_positions))
-        del sequence.block_table[blocks_needed(sequence.total_length, self.cache.block_size) :]
+        rows = {}
+        for index, scores in found.items():
+            if not scores.averaged:
+                canvas_rows = scores.rows.cpu() + (packed.plans[index].first - batch[index].prompt_length)
+                rows[index] = counting[index][canvas_rows]
+        return self._pruner.importances(found, rows)

@@ -16,9 +16,13 @@ from torch import Tensor
 from redvtp.denoising.acceptance import acceptance_of
 from redvtp.denoising.canvas import Canvas
 from redvtp.denoising.schedule import schedule_of
-from redvtp.kv.rewriting import PageOrigin
-from redvtp.params import DenoisingParams, PruningParams
+from redvtp.kv.rewriting import OriginCut, PageOrigin
+from redvtp.params import DenoisingParams
 from redvtp.prompt import SpecialTokens
+from redvtp.pruning.policy import PROMPT_ROWS, Policy
+
+# The step of a pruning that comes before the first forward.
+BEFORE_ALL_STEPS = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +31,8 @@ class StepPlan:
 
     first: the row the forward begins with, of prompt, canvas and suffix; those before are read from pages.
     start: canvas rows from here on may be decided.
-    tokens_computed: also counts what another forward computes before it: a prompt that is encoded alone, or pages that
-    are written again.
+    tokens_computed: rows that enter it, and those of another forward before it: of a prompt that is encoded alone, or
+    of pages that are written again. Some may leave half way.
     """
 
     kind: str
@@ -39,7 +43,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class PruningReport:
-    """One pruning. importance: one number for each visual token before it; kept: ascending indices into those."""
+    """One pruning. step: after which, or inside which where there is a layer; -1 is before the first. importance: one
+    number for each visual token before it; kept: ascending indices into those."""
 
     step: int
     layer: int | None
@@ -55,8 +60,9 @@ class StepReport:
 
     new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. answer_length: the
     canvas tokens before the first stop sequence so far, all of them without one. prompt_length: kept prompt tokens
-    after the step. kv_tokens, kv_blocks: held after the step. next_tokens: what the next step will compute;
-    resume_tokens: the same if the sequence is suspended before it.
+    after the step. kv_tokens, kv_blocks: held after the step. tokens_computed: rows through the language model; one
+    that left half way counts for the layers it went through, the sum is rounded up. next_tokens: rows that will enter
+    the next step, it computes no more; resume_tokens: the same if the sequence is suspended before it.
     """
 
     request_id: str
@@ -82,8 +88,9 @@ class Sequence:
     """State of one request.
 
     prompt_embeds: [prompt, hidden], visual tokens in place. visual_spans: half-open ranges of the visual tokens in it,
-    one for each image. shifted_logits: see `Family`. stop_ids: the stop strings as token sequences. suffix_ids: tokens
-    after the canvas. block_table: cache blocks for `total_length` tokens. draft_ids: see `Canvas`.
+    one for each image. policy: None keeps all of them. shifted_logits: see `Family`. stop_ids: the stop strings as
+    token sequences. suffix_ids: tokens after the canvas. block_table: cache blocks for `total_length` tokens.
+    draft_ids: see `Canvas`.
     """
 
     def __init__(
@@ -92,7 +99,7 @@ class Sequence:
         prompt_embeds: Tensor,
         visual_spans: tuple[tuple[int, int], ...],
         denoising: DenoisingParams,
-        pruning: PruningParams,
+        policy: Policy | None,
         special: SpecialTokens,
         shifted_logits: bool = False,
         stop_ids: tuple[tuple[int, ...], ...] = (),
@@ -102,7 +109,7 @@ class Sequence:
     ) -> None:
         self.request_id = request_id
         self.denoising = denoising
-        self.pruning = pruning
+        self.policy = policy
         self.shifted_logits = shifted_logits
         self.prompt_embeds = prompt_embeds
         self.prompt_positions = torch.arange(prompt_embeds.shape[0], device=prompt_embeds.device)
@@ -110,6 +117,11 @@ class Sequence:
         self.visual_rows = torch.tensor(
             [row for start, end in visual_spans for row in range(start, end)], dtype=torch.int64
         )
+        # Visual tokens of each image at first, and for each that is left the image it is of.
+        self.images = tuple(end - start for start, end in visual_spans)
+        self.image_of = torch.arange(len(self.images)).repeat_interleave(torch.tensor(self.images, dtype=torch.int64))
+        # A pruning before the first step, until that step reports it.
+        self.unreported: PruningReport | None = None
         self.suffix_ids = torch.tensor(suffix_ids, dtype=torch.int64)
         self.canvas_position = prompt_embeds.shape[0]
         self.block_table = block_table if block_table is not None else []
@@ -216,7 +228,8 @@ class Sequence:
         if self.denoising.cache == "prefix_lm":
             computed = total if self.encodes_prompt_next() else total - prompt
             return StepPlan("full" if computed == total else "response", prompt, 0, computed)
-        if self.denoising.cache == "prefix" and self.canvas.step_in_block % self.denoising.refresh_interval != 0:
+        on_pages = self.canvas.step_in_block % self.denoising.refresh_interval != 0
+        if self.denoising.cache == "prefix" and on_pages and not self._scores_pages_next():
             start = self.canvas.block_start
             # The token before the block says what its first one is: with shifted logits it is computed again.
             first = prompt + start - int(self.shifted_logits)
@@ -227,28 +240,97 @@ class Sequence:
         """Whether the next step first computes the prompt, alone and for good."""
         return self.denoising.cache == "prefix_lm" and self.steps_done == 0
 
-    def prunes_next(self) -> bool:
-        """Whether visual tokens are dropped after the next step: all presets do it after the first."""
-        return self.pruning.preset != "none" and self.steps_done == 0 and self.num_visual > 0
+    def share_next(self) -> float | None:
+        """The share of the visual tokens that is left after the next step; None where none are dropped then."""
+        if self.policy is None or self.num_visual == 0:
+            return None
+        return self.policy.shares.get(self.steps_done)
 
     def scores_next(self) -> bool:
         """Whether the next step measures attention to the visual tokens; the controls prune without looking."""
-        return self.pruning.preset == "redvtp" and self.prunes_next()
+        return self.policy is not None and self.policy.source == "attention" and self.share_next() is not None
+
+    @property
+    def score_rows(self) -> str:
+        """Whose attention counts where it is measured, see PruningParams."""
+        return self.policy.rows if self.policy is not None else "masked"
+
+    def _scores_pages_next(self) -> bool:
+        """Whether the next step scores rows that a response step would not compute."""
+        rows = self.score_rows
+        return self.scores_next() and (rows in PROMPT_ROWS or (rows == "response" and self.canvas.block_start > 0))
+
+    def scored_rows(self, start: int) -> Tensor:
+        """Rows of prompt and canvas, [rows] int64, whose attention may count in the next step. start: StepPlan.start.
+
+        Of `masked` and `committed` it is known only after the step which of these do.
+        """
+        rows = self.score_rows
+        if rows == "masked":
+            # In a response step not those of finished blocks, where the model may have proposed the mask id.
+            canvas = start + self.canvas.masked()[start:].nonzero()[:, 0]
+        elif rows == "committed":
+            canvas = self.canvas.masked_rows(start)
+        else:
+            canvas = torch.arange(0 if rows == "prompt" else self.gen_length)
+        if rows not in PROMPT_ROWS:
+            return self.prompt_length + canvas
+        text = torch.ones(self.prompt_length, dtype=torch.bool)
+        text[self.visual_rows] = False
+        return torch.cat((text.nonzero()[:, 0], self.prompt_length + canvas))
+
+    def drops_inside_next(self) -> bool:
+        """Whether the next step drops visual tokens behind a layer, while it runs."""
+        return self.policy is not None and self.policy.layer is not None and self.share_next() is not None
+
+    @property
+    def withdraws_behind(self) -> int | None:
+        """The layer behind which no step sees visual tokens; None if all layers do."""
+        return self.policy.layer if self.policy is not None and self.policy.withdraw and self.num_visual else None
+
+    def cut_next(self) -> int | None:
+        """The layer behind which the next step goes on with fewer rows; None if all rows go through all layers."""
+        if self.drops_inside_next():
+            assert self.policy is not None
+            return self.policy.layer
+        return self.withdraws_behind
+
+    def without_visual(self) -> Tensor:
+        """[total_length] bool, the rows of prompt, canvas and suffix that are no visual tokens.
+
+        The last of the prompt is there in any case: with shifted logits it speaks about the canvas, and no prompt is
+        empty without it.
+        """
+        stays = self.survivors(self.visual_rows[:0])
+        stays[self.prompt_length - 1] = True
+        return stays
+
+    def positions(self) -> Tensor:
+        """[total_length] int64, of prompt, canvas and suffix."""
+        return torch.cat((self.prompt_positions, self.response_positions()))
 
     def response_positions(self, start: int = 0) -> Tensor:
         """Positions of the canvas from row `start` on, and of the suffix behind it."""
         first, end = self.canvas_position + start, self.canvas_position + self.gen_length + self.suffix_ids.numel()
         return torch.arange(first, end, device=self.prompt_positions.device)
 
-    def note_origin(self) -> None:
-        """Remember what the forward that is about to run computes pages from."""
+    def note_origin(self, cut: OriginCut | None = None) -> None:
+        """Remember what a forward over all rows, or over the prompt alone, computes pages from."""
         alone = self.denoising.cache == "prefix_lm"
         canvas_ids = torch.cat((self.canvas.tokens, self.suffix_ids))
         self.origin = PageOrigin(
             self.prompt_embeds,
             canvas_ids[:0] if alone else canvas_ids,
-            self.prompt_positions if alone else torch.cat((self.prompt_positions, self.response_positions())),
+            self.prompt_positions if alone else self.positions(),
+            cut,
         )
+
+    def survivors(self, kept: Tensor) -> Tensor:
+        """[total_length] bool, what remains of prompt, canvas and suffix with only the visual tokens `kept`."""
+        survives = torch.ones(self.total_length, dtype=torch.bool)
+        survives[self.visual_rows] = False
+        survives[self.visual_rows[kept]] = True
+        return survives
 
     def drop_visual(self, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keep only the visual tokens `kept` ([kept] int64, ascending, into the present ones).
@@ -256,23 +338,23 @@ class Sequence:
         Returns what compaction needs, over prompt, canvas and suffix: surviving rows, their positions before, and
         after.
         """
-        before = torch.cat((self.prompt_positions, self.response_positions()))
-        survives = torch.ones(self.total_length, dtype=torch.bool)
-        survives[self.visual_rows] = False
-        survives[self.visual_rows[kept]] = True
+        assert self.policy is not None, "only a policy drops tokens"
+        before = self.positions()
+        survives = self.survivors(kept)
         rows = survives.nonzero()[:, 0]
         prompt_survives = survives[: self.prompt_length]
         is_visual = torch.zeros_like(prompt_survives)
         is_visual[self.visual_rows] = True
 
         self.visual_rows = is_visual[prompt_survives].nonzero()[:, 0]
+        self.image_of = self.image_of[kept]
         prompt_rows = prompt_survives.nonzero()[:, 0].to(self.prompt_embeds.device)
         self.prompt_embeds = self.prompt_embeds.index_select(0, prompt_rows)
-        if self.pruning.positions == "compact":
+        if self.policy.positions == "compact":
             self.prompt_positions = torch.arange(self.prompt_length, device=self.prompt_embeds.device)
             self.canvas_position = self.prompt_length
         else:
             self.prompt_positions = self.prompt_positions.index_select(0, prompt_rows)
-        after = torch.cat((self.prompt_positions, self.response_positions()))
+        after = self.positions()
         rows = rows.to(before.device)
         return rows, before[rows], after

@@ -187,7 +187,12 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--temperature", "-1"], "temperature must be a number >= 0, got -1.0"),
         (["--remasking", "best"], "remasking must be one of low_confidence, entropy, margin, random, got 'best'"),
         (["--cache", "dual"], "cache must be one of none, prefix, prefix_lm, got 'dual'"),
-        (["--pruning", "late"], "pruning must be one of"),
+        (["--pruning", "later"], "pruning must be one of"),
+        (["--score-rows", "all"], "score_rows must be one of masked, response, prompt, prompt_response, committed"),
+        (["--score-layers", "9"], "score_layers must be layers N or a range A:B within 0:4, got '9'"),
+        (["--attention-mass", "2"], "attention_mass must be a number in (0, 1], got 2.0"),
+        (["--prune-step", "31"], "prune_step must be an integer in [0, 30] with 32 denoising steps, got 31"),
+        (["--importance", "no/such.json"], "--importance no/such.json cannot be read"),
         (["--schedule", "steep"], "schedule must be one of even, linear, shift, cosine, logit_normal, dream"),
         (["--threshold", "0"], "threshold must be a number in (0, 1000], got 0.0"),
         (["--min-confidence", "2"], "min_confidence must be a number in [0, 1], got 2.0"),
@@ -204,6 +209,29 @@ def test_flags_out_of_range_are_refused_by_name(
     flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert words in _refused(capsys, MODEL, "--prompt", "hello", *flags)
+
+
+def test_importance_comes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    visual = WIDE.meta["num_visual_tokens_total"]
+    file, trace = tmp_path / "importance.json", tmp_path / "trace.json"
+    asked = [MODEL, "--image", *WIDE.image_files, "--prompt", "What?", "--gen-length", "8", "--pruning", "external"]
+    file.write_text(json.dumps([index / visual for index in range(visual)]))
+    heatmap = tmp_path / "kept.png"
+    outputs = ["--trace", trace, "--heatmap", heatmap]
+    status, _, err = _in_process(capsys, "generate", *asked, "--importance", file, "--keep-ratio", "0.5", *outputs)
+    assert status == 0, err
+    (pruning,) = json.loads(trace.read_text())["prunings"]
+    assert pruning["step"] == -1
+    assert pruning["kept"] == list(range(visual - visual // 2, visual))
+    assert Image.open(heatmap).size == WIDE.images()[0].size
+    for text, words in (
+        ("[1, 2]", f"one number for each of the {visual} visual tokens of the request, got 2"),
+        ("[NaN]", "importance must be finite numbers"),
+        ('{"scores": []}', "must hold a list, one number for each visual token"),
+        ("[1,", "is not JSON"),
+    ):
+        file.write_text(text)
+        assert words in _refused(capsys, *asked, "--importance", file)
 
 
 def test_a_prompt_and_canvas_over_the_limit_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -325,6 +353,7 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path, capsys: pytest
 def test_help_names_every_flag_that_works(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = _in_process(capsys, "generate", "--help")
     assert status == 0
-    for flag in ("--image", "--prompt", "--gen-length", "--keep-ratio", "--cache", "--trace", "--heatmap", "--json"):
+    for flag in ("--image", "--prompt", "--gen-length", "--keep-ratio", "--score-rows", "--prune-step", "--importance",
+                 "--cache", "--trace", "--heatmap", "--json"):  # fmt: skip
         assert flag in out
     assert "--threshold" in out

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from redvtp.params import DenoisingParams, PruningParams
+from redvtp.pruning.policy import policy_of
 
 BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"gen_length": 0}, r"gen_length must be an integer in \[1, 65536\], got 0"),
@@ -63,7 +64,18 @@ BAD_PRUNING: list[tuple[dict[str, Any], str]] = [
     ({"keep_ratio": float("nan")}, "keep_ratio must be"),
     ({"keep_ratio": 10**400}, "keep_ratio must be"),
     ({"keep_ratio": [0.5]}, r"keep_ratio must be a number in \(0, 1\], got \[0.5\]"),
-    ({"preset": "fastv"}, "pruning must be one of redvtp, random, uniform, none, got 'fastv'"),
+    ({"preset": "magic"}, "pruning must be one of redvtp, .*, random, uniform, none, got 'magic'"),
+    ({"score_rows": "all"}, "score_rows must be one of masked, response, prompt, prompt_response, committed, got"),
+    ({"score_layers": "3:"}, "score_layers must be a layer N or a range A:B, got '3:'"),
+    ({"attention_mass": 1.2}, r"attention_mass must be a number in \(0, 1\], got 1.2"),
+    ({"min_keep_ratio": 0}, r"min_keep_ratio must be a number in \(0, 1\], got 0"),
+    ({"min_keep_ratio": 0.5, "max_keep_ratio": 0.4}, r"min_keep_ratio must be at most max_keep_ratio \(0.4\), got 0.5"),
+    ({"prune_step": -1}, "prune_step must be an integer >= 0, got -1"),
+    ({"prune_steps": 0}, "prune_steps must be an integer >= 1, got 0"),
+    ({"prune_layer": 1.5}, "prune_layer must be an integer >= 0, got 1.5"),
+    ({"prune_scope": "tile"}, "prune_scope must be one of all, image, got 'tile'"),
+    ({"importance": (1.0, float("nan"))}, r"importance must be finite numbers, got \(1.0, nan\)"),
+    ({"importance": ("1",)}, "importance must be finite numbers"),
     ({"positions": "shuffled"}, "positions must be one of compact, original, got 'shuffled'"),
 ]
 
@@ -78,6 +90,24 @@ def test_bad_denoising_knobs_are_named(knobs: dict[str, Any], message: str) -> N
 def test_bad_pruning_knobs_are_named(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PruningParams(**knobs)
+
+
+def test_a_preset_adapts_to_few_steps_and_a_request_does_not() -> None:
+    def shares(steps: int, **knobs: Any) -> dict[int, float]:
+        policy = policy_of(PruningParams(**{"keep_ratio": 0.25, **knobs}), 4, steps)
+        assert policy is not None
+        return policy.shares
+
+    assert shares(16, preset="late") == {7: 0.25}
+    assert [list(shares(steps, preset="late")) for steps in (1, 2, 3, 4)] == [[0], [0], [0], [1]]
+    assert list(shares(16, preset="progressive")) == [0, 1, 2, 3]
+    assert [list(shares(steps, preset="progressive")) for steps in (1, 2, 3)] == [[0], [0], [0, 1]]
+    assert shares(3, preset="progressive") == {0: 0.5, 1: 0.25}
+    assert shares(9, prune_step=4, prune_steps=2) == {4: 0.5, 5: 0.25}
+    with pytest.raises(ValueError, match=r"prune_step must be an integer in \[0, 2\] with 4 denoising steps, got 3"):
+        shares(4, prune_step=3)
+    with pytest.raises(ValueError, match=r"prune_steps must be an integer in \[1, 3\] from step 0 on with 4 .*, got 4"):
+        shares(4, prune_steps=4)
 
 
 def test_refused_value_is_not_echoed_at_length() -> None:

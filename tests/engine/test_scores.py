@@ -13,27 +13,32 @@ from redvtp.pruning.scores import AttentionScores, masked_row_importance
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(1, 60), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 99), st.booleans())
-def test_scores_equal_the_whole_attention_map(tokens: int, heads: tuple[int, int], seed: int, small: bool) -> None:
+@given(st.integers(1, 60), st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.integers(0, 99), st.booleans(), st.booleans())
+def test_scores_equal_the_whole_attention_map(
+    tokens: int, heads: tuple[int, int], seed: int, small: bool, averaged: bool
+) -> None:
     query_heads, kv_heads = heads
     generator = torch.Generator().manual_seed(seed)
-    layers, head_dim = 3, 8
+    layers, head_dim = 4, 8
+    counting = range(seed % 3, 3 + seed % 2)
     rows = torch.randperm(tokens, generator=generator)[: max(1, tokens // 3)].sort().values
     visual = torch.randperm(tokens, generator=generator)[: max(1, tokens // 2)].sort().values
-    scores = AttentionScores(rows, visual, query_heads, layers)
+    scores = AttentionScores(rows, visual, query_heads, counting, averaged=averaged)
     expected = torch.zeros(rows.numel(), visual.numel())
     chunk_bytes = scores_module.CHUNK_BYTES
     scores_module.CHUNK_BYTES = 1 if small else chunk_bytes
     try:
-        for _ in range(layers):
+        for layer in range(layers):
             query = torch.randn(tokens, query_heads, head_dim, generator=generator)
             key = torch.randn(tokens, kv_heads, head_dim, generator=generator)
-            scores.accumulate(query, key, head_dim**-0.5)
+            scores.accumulate(layer, query, key, head_dim**-0.5)
             keys = key.repeat_interleave(query_heads // kv_heads, dim=1)
             attention = (torch.einsum("qhd,khd->hqk", query, keys) * head_dim**-0.5).softmax(-1)
-            expected += attention.mean(0)[rows][:, visual] / layers
+            if layer in counting:
+                expected += attention.mean(0)[rows][:, visual] / len(counting)
     finally:
         scores_module.CHUNK_BYTES = chunk_bytes
+    expected = expected.mean(0, keepdim=True) if averaged else expected
     torch.testing.assert_close(scores.by_row(), expected, atol=1e-6, rtol=1e-5)
 
 

@@ -238,7 +238,8 @@ def test_a_question_the_model_cannot_be_asked_counts_as_wrong_and_is_said(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--policies", "redvpt"], "pruning must be one of redvtp, random, uniform, none, got 'redvpt'"),
+        (["--policies", "redvpt"], "pruning must be one of redvtp, llada-fastv, fastv, late, progressive"),
+        (["--policies", "external"], "policy external needs an importance for each question"),
         (["--policies", ","], "--policies must name at least one"),
         (["--keep", "0.5,1.5"], "keep_ratio must be a number in (0, 1], got 1.5"),
         (["--keep", "half"], "--keep must be numbers in (0, 1] with commas, got 'half'"),

@@ -6,11 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import golden_data
+import golden_runs
+from redvtp.local import LocalEngine, Request
+from redvtp.params import PruningParams
+
+EngineFactory = Callable[..., LocalEngine]
 
 TESTS = Path(__file__).resolve().parents[1]
 # Of each family: without and with pruning, in every cache mode it is used with.
@@ -39,9 +46,35 @@ def test_a_rank_that_computes_something_else_still_decides_the_same(checkpoint: 
     _expect_the_references_tokens(checkpoint, tmp_path, "0", "--disturb")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["llada-fastv", "layer-skip"])
+def test_ranks_drop_the_same_tokens_inside_a_step(engine: EngineFactory, preset: str, tmp_path: Path) -> None:
+    """Their key heads are split, so neither rank could choose by itself. There is no reference: the engine's tokens."""
+    pruning = PruningParams(preset=preset, keep_ratio=0.25, prune_layer=1)
+    runs = _runs("tiny-lavida-dream")
+    local = engine("tiny-lavida-dream")
+    expected = {}
+    for name, run in runs.items():
+        request = Request(run.case.prompt, tuple(run.case.images()), golden_runs.denoising_of(run), pruning)
+        expected[name] = local.generate([request])[0].output_ids
+    assert expected != {name: run.output for name, run in runs.items()}
+    knobs = json.dumps({"pruning": preset, "keep_ratio": 0.25, "prune_layer": 1})
+    assert _answers(runs, tmp_path, "3", f"--knobs={knobs}") == expected
+
+
 def _expect_the_references_tokens(checkpoint: str, folder: Path, *flags: str) -> None:
+    runs = _runs(checkpoint)
+    assert _answers(runs, folder, *flags) == {name: run.output for name, run in runs.items()}
+
+
+def _runs(checkpoint: str) -> dict[str, golden_data.Run]:
     found = golden_data.runs(checkpoints=(checkpoint,))
     runs = {str(run): run for run in found if f"{run.case.name}/{run.name}" in RUNS[checkpoint]}
+    assert len(runs) >= 2
+    return runs
+
+
+def _answers(runs: dict[str, golden_data.Run], folder: Path, *flags: str) -> Any:
     answers = folder / "answers.json"
     done = subprocess.run(
         [sys.executable, "-m", "plugin.two_ranks", answers, *flags, *runs],
@@ -54,5 +87,4 @@ def _expect_the_references_tokens(checkpoint: str, folder: Path, *flags: str) ->
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    assert len(runs) >= 2
-    assert json.loads(answers.read_text()) == {name: run.output for name, run in runs.items()}
+    return json.loads(answers.read_text())

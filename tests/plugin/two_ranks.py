@@ -1,8 +1,9 @@
 """Golden runs of one checkpoint over two tensor-parallel ranks, in a process of its own:
 
-    python -m plugin.two_ranks answers.json PREEMPT [--disturb] RUN...
+    python -m plugin.two_ranks answers.json PREEMPT [--disturb] [--knobs=JSON] RUN...
 
 --disturb: the second rank's head is another one, so that by itself it would decide differently.
+--knobs: what every run asks for beside its own.
 
 All requests are preempted after every PREEMPT engine steps, if that is not 0. vLLM's parallel groups are globals of a
 process, and an engine that ends takes those of the other engines with it.
@@ -27,6 +28,8 @@ def main(output: str, preempt: str, *names: str) -> None:
     if disturb:
         # vLLM runs functions in its workers only if it is told that nobody else can send it some.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    knobs = json.loads(next((name.partition("=")[2] for name in names if name.startswith("--knobs=")), "{}"))
+    asked = {f"redvtp_{name}": value for name, value in knobs.items()}
     runs = [run for run in golden_data.runs() if str(run) in names]
     (checkpoint,) = {run.case.checkpoint for run in runs}
     model = str(golden_data.checkpoint_dir(checkpoint))
@@ -36,7 +39,7 @@ def main(output: str, preempt: str, *names: str) -> None:
     if disturb:
         assert llm.collective_rpc(_disturb) == [0, 1]
     for run in runs:
-        llm.llm_engine.add_request(str(run), prompt_of(run.case), sampling_of(run))
+        llm.llm_engine.add_request(str(run), prompt_of(run.case), sampling_of(run, **asked))
     outputs: dict[str, Any] = {}
     steps = 0
     while llm.llm_engine.has_unfinished_requests():

@@ -22,6 +22,47 @@ CACHED = golden_run("wide", "fast_g64_b32_s32_pri4")
 TEXT = golden_run("text_only", "plain_g64_b32_s32")
 
 
+def test_every_pruning_policy_in_one_batch(client: openai.OpenAI, model: str) -> None:
+    case = PRUNED.case
+    visual = case.meta["num_visual_tokens_total"]
+    policies: list[dict[str, Any]] = [
+        {"pruning": "redvtp", "score_rows": "response", "score_layers": "1:3"},
+        {"pruning": "late", "cache": "prefix"},
+        {"pruning": "progressive", "prune_scope": "image"},
+        {"pruning": "zipvl", "attention_mass": 0.5, "max_keep_ratio": 0.6},
+        {"pruning": "llada-fastv"},
+        {"pruning": "fastv", "cache": "prefix"},
+        {"pruning": "layer-skip"},
+        {"pruning": "attention-free", "cache": "prefix_lm"},
+        {"pruning": "external", "importance": [index % 7 + 0.5 for index in range(visual)]},
+        {"pruning": "random", "prune_step": 3},
+        {"pruning": "uniform", "prune_steps": 2},
+        {"pruning": "none"},
+    ]
+
+    def send(knobs: dict[str, Any]) -> tuple[list[int], Any]:
+        asked = {f"redvtp_{name}": value for name, value in {"keep_ratio": 0.3, "report": "full", **knobs}.items()}
+        body = {"ignore_eos": True, "vllm_xargs": asked}
+        answer = ask(client, model, message_of(case), max_tokens=24, temperature=0, seed=4, extra_body=body)
+        assert answer.report is not None
+        return answer.token_ids, [(pruning["step"], pruning["kept"]) for pruning in answer.report["prunings"]]
+
+    alone = [send(knobs) for knobs in policies]
+    with ThreadPoolExecutor(len(policies)) as threads:
+        assert list(threads.map(send, policies)) == alone
+    steps = {
+        knobs["pruning"]: [step for step, _ in prunings] for knobs, (_, prunings) in zip(policies, alone, strict=True)
+    }
+    assert steps == {
+        "redvtp": [0], "late": [5], "progressive": [0, 1, 2, 3], "zipvl": [0], "attention-free": [-1],
+        "llada-fastv": [0], "fastv": [0], "layer-skip": [], "external": [-1], "random": [3],
+        "uniform": [0, 1], "none": [],
+    }  # fmt: skip
+    for knobs, (_, prunings) in zip(policies, alone, strict=True):
+        if knobs["pruning"] not in ("zipvl", "layer-skip", "none"):
+            assert len(prunings[-1][1]) == int(0.3 * visual), knobs
+
+
 def test_eight_mixed_requests_each_get_what_they_get_alone(client: openai.OpenAI, model: str) -> None:
     two_images = message("What changed?", [png(image) for run in (PRUNED, CACHED) for image in run.case.images()])
     drawn = {"max_tokens": 48, "temperature": 1.0, "seed": 5, "extra_body": {"ignore_eos": True}}

@@ -40,6 +40,20 @@ def _refused(client: openai.OpenAI, model: str, *messages: Any, match: str, **op
 
 
 @pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"pruning": "external", "importance": [0.5] * 3}, "one number for each of the 88 visual tokens .* got 3"),
+        ({"pruning": "external", "importance": ["high"] * 88}, "importance must be finite numbers"),
+        ({"pruning": "attention-free", "prune_step": 0}, "prune_step has no meaning with pruning attention-free"),
+        ({"score_layers": "3:9"}, "score_layers must be layers N or a range A:B within 0:4, got '3:9'"),
+    ],
+)
+def test_impossible_policy_is_refused(answering: openai.OpenAI, model: str, knobs: dict[str, Any], reason: str) -> None:
+    body = {"vllm_xargs": {f"redvtp_{name}": value for name, value in knobs.items()}}
+    _refused(answering, model, message("What?", [PHOTO]), match=reason, extra_body=body)
+
+
+@pytest.mark.parametrize(
     ("images", "reason"),
     [
         pytest.param([b"no image at all"], "cannot identify image file", id="text"),

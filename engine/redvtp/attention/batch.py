@@ -24,7 +24,7 @@ class Segment:
     write_slots: [end - start] int64, where its new keys and values go; None when the backend shall not write them.
     read_slots: [kv_tokens] int64, where all its keys and values are after the write; None when its own rows are all of
     them.
-    scores: filled by attention when this step scores visual tokens.
+    scores: filled by attention in the layers it names, when this step scores visual tokens.
     """
 
     start: int

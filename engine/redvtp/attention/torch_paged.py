@@ -30,7 +30,7 @@ class TorchPagedAttention:
             else:
                 keys, values = self._cache.read(layer, segment.read_slots)
             if segment.scores is not None:
-                segment.scores.accumulate(query[rows], keys, self._scale)
+                segment.scores.accumulate(layer, query[rows], keys, self._scale)
             outputs.append(self._attend(query[rows], keys, values))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

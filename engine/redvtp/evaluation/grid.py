@@ -67,6 +67,8 @@ def cells(policies: Sequence[str], keep_ratios: Sequence[float], caches: Sequenc
     """Dense first in each cache mode. Raises ValueError for a value that PruningParams or DenoisingParams refuse."""
     for policy in policies:
         PruningParams(preset=policy)
+        if policy == "external":
+            raise ValueError("policy external needs an importance for each question, which task files do not hold")
     for ratio in keep_ratios:
         PruningParams(keep_ratio=ratio)
     found: dict[Cell, None] = {}

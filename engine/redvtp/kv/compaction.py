@@ -50,12 +50,18 @@ def joined(plans: list[CompactionPlan]) -> CompactionPlan:
     )
 
 
-def compact(cache: KVPages, plan: CompactionPlan, rotary: Rotary) -> None:
-    """Apply a plan to every layer; keys are turned from their old position to the new one."""
+def compact_each(cache: KVPages, plans: list[tuple[range, CompactionPlan]], rotary: Rotary) -> None:
+    """Apply plans of different sequences, each to its own layers; those with the same layers together."""
+    for layers in dict.fromkeys(layers for layers, _ in plans):
+        compact(cache, joined([plan for own, plan in plans if own == layers]), rotary, layers)
+
+
+def compact(cache: KVPages, plan: CompactionPlan, rotary: Rotary, layers: range | None = None) -> None:
+    """Apply a plan to `layers`, or to every layer; keys are turned from their old position to the new one."""
     if plan.sources.numel() == 0:
         return
     turn = bool((plan.shift != 0).any())
-    for layer in range(cache.num_layers):
+    for layer in layers if layers is not None else range(cache.num_layers):
         key, value = cache.read(layer, plan.sources)
         if turn:
             key = rotary.rotate(key, plan.shift)

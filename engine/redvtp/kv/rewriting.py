@@ -1,9 +1,9 @@
 """Writing the pages of a preempted sequence again, exactly as they were.
 
 A response step reads keys and values that an earlier forward computed: from the canvas as it stood then, and in front
-of visual tokens that may have been pruned since. `PageOrigin` remembers what went into that forward (embeddings, ids
-and positions, a small part of what the pages take); `RewritingAttention` runs it again and puts the survivors where
-they were, turned as they were. The dropped tokens need no pages for it.
+of visual tokens that may have been pruned since, or inside it. `PageOrigin` remembers what went into that forward
+(embeddings, ids and positions, a small part of what the pages take); `RewritingAttention` runs it again and puts the
+survivors where they were, turned as they were. The dropped tokens need no pages for it.
 """
 
 from __future__ import annotations
@@ -17,31 +17,63 @@ from redvtp.kv.cache import KVPages
 from redvtp.models.rotary import Rotary
 
 
+@dataclass(frozen=True, slots=True)
+class OriginCut:
+    """Rows that left the forward half way.
+
+    layer: the last one that ran on all rows. rows, positions: [rows] int64, those that went on, and where. in_place:
+    behind the layer they have the slots they have in front of it; otherwise those of the first rows.
+    """
+
+    layer: int
+    rows: Tensor
+    positions: Tensor
+    in_place: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One pruning of pages. rows: [rows] int64, those that survived it, into the rows before it. shift: [rows] int64,
+    how far their positions moved. layers: those whose pages it moved."""
+
+    rows: Tensor
+    shift: Tensor
+    layers: range
+
+
 @dataclass(slots=True)
 class PageOrigin:
     """What the pages that response steps read were computed from.
 
     prompt_embeds: [prompt, hidden]. canvas_ids: [tokens] int64, canvas and suffix as the forward saw them, empty where
-    the prompt was computed alone. positions: [prompt + tokens] int64. moves: the prunings since, in order: the rows
-    that survived one, into those before it, and how far their positions moved, both int64.
+    the prompt was computed alone. positions: [prompt + tokens] int64. cut: None where all rows went through all layers.
+    moves: the prunings since, in order.
     """
 
     prompt_embeds: Tensor
     canvas_ids: Tensor
     positions: Tensor
-    moves: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    cut: OriginCut | None = None
+    moves: list[Move] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
         """Rows that must be computed to write the pages again."""
         return self.positions.numel()
 
-    def moved(self, key: Tensor, value: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """The forward's keys and values [tokens, kv_heads, head_dim] as the prunings left them in the pages."""
-        for rows, shift in self.moves:
-            # One after another, as the pages were turned: rotations add up, their roundings do not.
-            key, value = rotary.rotate(key.index_select(0, rows), shift), value.index_select(0, rows)
+    def moved(self, layer: int, key: Tensor, value: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values [tokens, kv_heads, head_dim] as the prunings left them in the pages."""
+        for move in self.moves:
+            if layer in move.layers:
+                # One after another, as the pages were turned: rotations add up, their roundings do not.
+                key, value = rotary.rotate(key.index_select(0, move.rows), move.shift), value.index_select(0, move.rows)
         return key, value
+
+    def slots_at(self, layer: int, slots: Tensor) -> Tensor:
+        """Those of slots [rows], the first ones of a sequence, that a layer has written."""
+        if self.cut is None or not self.cut.in_place or layer <= self.cut.layer:
+            return slots
+        return slots[self.cut.rows[self.cut.rows < slots.numel()]]
 
 
 class RewritingAttention:
@@ -68,6 +100,7 @@ class RewritingAttention:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for segment, origin, slots in self._parts:
             rows = slice(segment.start, segment.end)
-            keys, values = origin.moved(key[rows], value[rows], self._rotary)
-            self._cache.write(layer, slots, keys[: slots.numel()], values[: slots.numel()])
+            keys, values = origin.moved(layer, key[rows], value[rows], self._rotary)
+            own = origin.slots_at(layer, slots)
+            self._cache.write(layer, own, keys[: own.numel()], values[: own.numel()])
         return self._attention(layer, query, key, value)

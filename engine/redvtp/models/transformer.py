@@ -131,11 +131,14 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta)
 
-    def forward(self, hidden: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """hidden [tokens, hidden] input embeddings, positions [tokens] -> [tokens, hidden], before the final norm."""
+    def forward(self, hidden: Tensor, positions: Tensor, attention: Attention, layers: range | None = None) -> Tensor:
+        """hidden [tokens, hidden] input embeddings, positions [tokens] -> [tokens, hidden], before the final norm.
+
+        layers: a stretch of the layers; all but the first one take what another stretch has put out.
+        """
         cos, sin = (angle.to(hidden.dtype) for angle in self.rotary.angles(positions))
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, cos, sin, index, attention)
+        for index in layers if layers is not None else range(len(self.layers)):
+            hidden = self.layers[index](hidden, cos, sin, index, attention)
         return hidden
 
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:
