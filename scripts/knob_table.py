@@ -33,7 +33,12 @@ OWN_FIELDS = {
     "ignore_eos": "`ignore_eos`",
 }
 # A dataclass cannot say these: what None stands for, and what belongs to the request and not to the engine.
-UNSET = {"block_length": "32, or the canvas if shorter", "steps": "half the canvas", "seed": "a new one"}
+UNSET = {
+    "block_length": "32, or the canvas if shorter",
+    "steps": "half the canvas",
+    "seed": "a new one",
+    "refresh_interval": "starts of blocks, until pruned",
+}
 UNSET |= dict.fromkeys(PRESET_KNOBS, "the preset's") | {"importance": "none"}
 REPORT = "what comes back as `kv_transfer_params`: nothing, counts, or counts and every step with its scores"
 Row = tuple[str, str, str, str]

@@ -231,7 +231,10 @@ def denoising_flags(parser: argparse.ArgumentParser, for_many: bool = False, man
     several = for_many or many_caches
     cache += "; several with commas" if several else ""
     add("--cache", default=usual["cache"], metavar="LIST" if several else "NAME", help=f"{cache} (default %(default)s)")
-    knob("refresh-interval", "N", "with --cache prefix, recompute everything every N steps")
+    refresh = (
+        "with --cache prefix, recompute everything every N steps (default: at the start of each block, until pruned)"
+    )
+    knob("refresh-interval", "N", refresh)
 
 
 def _pruning_flags(parser: argparse.ArgumentParser) -> None:

@@ -124,7 +124,9 @@ class DenoisingParams:
     ignore_eos: the model's end tokens do not end the answer.
     cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks;
     `prefix_lm` computes the prompt once, without the canvas in its view, and after that only the canvas.
-    refresh_interval: with `prefix`, every so many steps of a canvas block everything is recomputed.
+    refresh_interval: with `prefix`, everything is recomputed at the start of each canvas block and after every so many
+    steps within it. None recomputes at the start of blocks, and once visual tokens were dropped only the canvas: the
+    prompt's keys and values still know of those.
 
     Raises ValueError naming the knob, the value and what is allowed.
     """
@@ -144,7 +146,7 @@ class DenoisingParams:
     draft: str = ""
     ignore_eos: bool = False
     cache: str = "none"
-    refresh_interval: int = 32
+    refresh_interval: int | None = None
 
     def __post_init__(self) -> None:
         _integer("gen_length", self.gen_length, 1, MAX_GEN_LENGTH)
@@ -180,7 +182,8 @@ class DenoisingParams:
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
         _one_of("cache", self.cache, CACHES)
-        _integer("refresh_interval", self.refresh_interval, 1)
+        if self.refresh_interval is not None:
+            _integer("refresh_interval", self.refresh_interval, 1)
 
     def _check_confidence_rule(self) -> None:
         rule, least = self.threshold, self.min_confidence

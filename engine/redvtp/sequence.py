@@ -128,6 +128,8 @@ class Sequence:
         # Where the pages that the next steps read come from; None while they read none.
         self.origin: PageOrigin | None = None
         self.pages_lost = False
+        # Whether visual tokens went after a forward had seen them.
+        self._dropped = False
         self._end_tokens = () if denoising.ignore_eos else special.end_ids
         self.canvas = Canvas(
             denoising.gen_length,
@@ -228,13 +230,22 @@ class Sequence:
         if self.denoising.cache == "prefix_lm":
             computed = total if self.encodes_prompt_next() else total - prompt
             return StepPlan("full" if computed == total else "response", prompt, 0, computed)
-        on_pages = self.canvas.step_in_block % self.denoising.refresh_interval != 0
-        if self.denoising.cache == "prefix" and on_pages and not self._scores_pages_next():
-            start = self.canvas.block_start
-            # The token before the block says what its first one is: with shifted logits it is computed again.
-            first = prompt + start - int(self.shifted_logits)
-            return StepPlan("response", first, start, total - first)
+        row = self._first_canvas_row_next()
+        if row is not None and not self._scores_before(row):
+            # The token before the first one says what that is: with shifted logits it is computed again.
+            first = prompt + row - int(self.shifted_logits)
+            return StepPlan("response", first, self.canvas.block_start, total - first)
         return StepPlan("full", 0, 0, total)
+
+    def _first_canvas_row_next(self) -> int | None:
+        """Where a step begins that reads the prompt, and what else stands before, from pages; None for a full step."""
+        if self.denoising.cache != "prefix":
+            return None
+        interval, step = self.denoising.refresh_interval, self.canvas.step_in_block
+        if interval is None and self._dropped:
+            # Pages of a finished block that stay are written by full steps only, and there are none any more.
+            return 0
+        return self.canvas.block_start if (step % interval if interval else step) else None
 
     def encodes_prompt_next(self) -> bool:
         """Whether the next step first computes the prompt, alone and for good."""
@@ -255,10 +266,10 @@ class Sequence:
         """Whose attention counts where it is measured, see PruningParams."""
         return self.policy.rows if self.policy is not None else "masked"
 
-    def _scores_pages_next(self) -> bool:
-        """Whether the next step scores rows that a response step would not compute."""
+    def _scores_before(self, row: int) -> bool:
+        """Whether the next step scores rows that it would not compute if it began with this canvas row."""
         rows = self.score_rows
-        return self.scores_next() and (rows in PROMPT_ROWS or (rows == "response" and self.canvas.block_start > 0))
+        return self.scores_next() and (rows in PROMPT_ROWS or (rows == "response" and row > 0))
 
     def scored_rows(self, start: int) -> Tensor:
         """Rows of prompt and canvas, [rows] int64, whose attention may count in the next step. start: StepPlan.start.
@@ -345,6 +356,7 @@ class Sequence:
         prompt_survives = survives[: self.prompt_length]
         is_visual = torch.zeros_like(prompt_survives)
         is_visual[self.visual_rows] = True
+        self._dropped = self.steps_done > 0
 
         self.visual_rows = is_visual[prompt_survives].nonzero()[:, 0]
         self.image_of = self.image_of[kept]

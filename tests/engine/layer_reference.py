@@ -65,7 +65,9 @@ class SlowDecoder:
                 hidden, _ = self.layers(0, prompt, None)
                 if shifted:
                     canvas.decide(0, int(self.logits(hidden[-1:])[:, : self.local.special.vocab].argmax()))
-        elif self.denoising.cache == "prefix" and canvas.step_in_block % self.denoising.refresh_interval:
+        elif self.denoising.cache == "prefix" and self.embeds.shape[0] < self.sequence.prompt_embeds.shape[0]:
+            start, first = canvas.block_start, prompt - int(shifted)
+        elif self.denoising.cache == "prefix" and canvas.step_in_block:
             start = canvas.block_start
             first = prompt + start - int(shifted)
         hidden, survives = self.layers(first, self.places.numel(), self.drops.get(canvas.steps_done))

@@ -118,7 +118,9 @@ def test_freed_blocks_are_the_difference_of_the_formula(engine: EngineFactory, c
 
 def test_pruning_with_a_cache_computes_only_the_canvas(engine: EngineFactory) -> None:
     local = engine(CHECKPOINT)
-    denoising = DenoisingParams(gen_length=32, block_length=16, steps=16, ignore_eos=True, cache="prefix")
+    denoising = DenoisingParams(
+        gen_length=32, block_length=16, steps=16, ignore_eos=True, cache="prefix", refresh_interval=16
+    )
     (generation,) = local.generate([_request(local, "wide", denoising, PruningParams(keep_ratio=0.25))])
     kinds = [(step.kind, step.tokens_computed) for step in generation.steps]
     kept = generation.steps[0].prompt_length

@@ -382,7 +382,7 @@ def test_pages_after_several_prunings_are_those_of_a_fresh_cache(
 
 def test_a_step_that_scores_rows_it_would_read_is_a_full_one(engine: EngineFactory) -> None:
     local = engine(CHECKPOINT)
-    cached = replace(DENOISING, cache="prefix")
+    cached = replace(DENOISING, cache="prefix", refresh_interval=DENOISING.gen_length)
 
     def kinds(**knobs: Any) -> list[str]:
         (generation,) = local.generate([_request(local, cached, PruningParams(keep_ratio=0.3, **knobs))])

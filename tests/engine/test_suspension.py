@@ -179,7 +179,7 @@ def test_nothing_is_remembered_that_no_step_reads(local: LocalEngine) -> None:
     sequence = _sequence(local, MODES["none"], PRUNED)
     local.runner.step([sequence])
     assert sequence.origin is None
-    cached = _sequence(local, MODES["prefix"], PRUNED)
+    cached = _sequence(local, replace(MODES["prefix"], refresh_interval=8), PRUNED)
     dense = cached.prompt_length
     while cached.canvas.block == 0:
         local.runner.step([cached])

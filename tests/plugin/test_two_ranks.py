@@ -47,10 +47,20 @@ def test_a_rank_that_computes_something_else_still_decides_the_same(checkpoint: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["llada-fastv", "layer-skip"])
-def test_ranks_drop_the_same_tokens_inside_a_step(engine: EngineFactory, preset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"pruning": "llada-fastv", "prune_layer": 1},
+        {"pruning": "layer-skip", "prune_layer": 1},
+        {"pruning": "zipvl", "attention_mass": 0.6, "prune_steps": 3, "score_rows": "response"},
+        {"pruning": "attention-free", "prune_scope": "image"},
+    ],
+    ids=lambda policy: policy["pruning"],
+)
+def test_ranks_drop_the_same_tokens(engine: EngineFactory, policy: dict[str, Any], tmp_path: Path) -> None:
     """Their key heads are split, so neither rank could choose by itself. There is no reference: the engine's tokens."""
-    pruning = PruningParams(preset=preset, keep_ratio=0.25, prune_layer=1)
+    preset, *others = policy
+    pruning = PruningParams(preset=policy[preset], keep_ratio=0.25, **{name: policy[name] for name in others})
     runs = _runs("tiny-lavida-dream")
     local = engine("tiny-lavida-dream")
     expected = {}
@@ -58,7 +68,7 @@ def test_ranks_drop_the_same_tokens_inside_a_step(engine: EngineFactory, preset:
         request = Request(run.case.prompt, tuple(run.case.images()), golden_runs.denoising_of(run), pruning)
         expected[name] = local.generate([request])[0].output_ids
     assert expected != {name: run.output for name, run in runs.items()}
-    knobs = json.dumps({"pruning": preset, "keep_ratio": 0.25, "prune_layer": 1})
+    knobs = json.dumps({"keep_ratio": 0.25, **policy})
     assert _answers(runs, tmp_path, "3", f"--knobs={knobs}") == expected
 
 
