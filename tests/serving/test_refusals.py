@@ -142,7 +142,7 @@ def test_completions_refuse_a_mark(answering: openai.OpenAI, model: str) -> None
         ({"gen_length": 0}, r"gen_length must be an integer in \[1, 65536\], got 0"),
         ({"gen_length": 10**6}, r"gen_length must be an integer in \[1, 65536\], got 1000000"),
         ({"block_length": 65}, r"block_length must be an integer in \[1, 64\], got 65"),
-        ({"pruning": "redvpt"}, r"pruning must be one of redvtp, random, uniform, none"),
+        ({"pruning": "redvpt"}, r"pruning must be one of redvtp, llada-fastv, .*, uniform, none"),
         ({"keepratio": 0.5}, r"unknown knob 'redvtp_keepratio'; allowed: .*redvtp_keep_ratio"),
         ({"keep-ratio": 0.5}, r"unknown knob 'redvtp_keep-ratio'; did you mean redvtp_keep_ratio\?"),
         ({"suffix": "long " * 40_000}, "suffix must have at most 65,536 characters, got 200,000"),
