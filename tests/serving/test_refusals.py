@@ -142,7 +142,7 @@ def test_completions_refuse_a_mark(answering: openai.OpenAI, model: str) -> None
         ({"gen_length": 0}, r"gen_length must be an integer in \[1, 65536\], got 0"),
         ({"gen_length": 10**6}, r"gen_length must be an integer in \[1, 65536\], got 1000000"),
         ({"block_length": 65}, r"block_length must be an integer in \[1, 64\], got 65"),
-        ({"pruning": "redvpt"}, r"pruning must be one of redvtp, random, uniform, none"),
+        ({"pruning": "redvpt"}, r"pruning must be one of redvtp, llada-fastv, .*, uniform, none"),
         ({"threshold": 0}, r"threshold must be a number in \(0, 1000\], got 0"),
         ({"min_confidence": 1.5}, r"min_confidence must be a number in \[0, 1\], got 1.5"),
         ({"threshold": 1, "min_confidence": 0.9}, "threshold and min_confidence exclude each other"),
