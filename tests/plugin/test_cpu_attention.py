@@ -169,7 +169,7 @@ def test_scored_segments_are_scored_alike() -> None:
     inputs = _packed(setup.inputs(parts))
     scored = []
     for attention in (setup.kernel, setup.reference):
-        scores = AttentionScores(torch.arange(4, 30), torch.arange(20), setup.heads, 1)
+        scores = AttentionScores(torch.arange(4, 30), torch.arange(20), setup.heads, range(1))
         first, second = setup.segments(parts)
         attention([Segment(first.start, first.end, first.write_slots, first.read_slots, scores), second])(0, *inputs)
         scored.append(scores.by_row())
