@@ -32,49 +32,49 @@ RUNS = {
 }
 
 
+POLICIES: list[dict[str, Any]] = [
+    {"pruning": "llada-fastv", "prune_layer": 1},
+    {"pruning": "layer-skip", "prune_layer": 1},
+    {"pruning": "zipvl", "attention_mass": 0.6, "prune_steps": 3, "score_rows": "response"},
+    {"pruning": "attention-free", "prune_scope": "image"},
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preempt", [0, 3], ids=["undisturbed", "preempted"])
 @pytest.mark.parametrize("checkpoint", RUNS)
-def test_two_ranks_give_the_references_tokens(checkpoint: str, preempt: int, tmp_path: Path) -> None:
-    _expect_the_references_tokens(checkpoint, tmp_path, str(preempt))
+def test_two_ranks_give_the_references_tokens(checkpoint: str, tmp_path: Path) -> None:
+    runs = _runs(checkpoint)
+    undisturbed, preempted = _answers(runs, tmp_path, [_round(), _round(preempt=3)])
+    assert undisturbed == preempted == {name: run.output for name, run in runs.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["tiny-llada-v", "tiny-lavida-dream"])
 def test_a_rank_that_computes_something_else_still_decides_the_same(checkpoint: str, tmp_path: Path) -> None:
     """Rounding may differ between ranks by a bit; here the second one's head does, by all of it."""
-    _expect_the_references_tokens(checkpoint, tmp_path, "0", "--disturb")
+    runs = _runs(checkpoint)
+    (answers,) = _answers(runs, tmp_path, [_round()], "--disturb")
+    assert answers == {name: run.output for name, run in runs.items()}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "policy",
-    [
-        {"pruning": "llada-fastv", "prune_layer": 1},
-        {"pruning": "layer-skip", "prune_layer": 1},
-        {"pruning": "zipvl", "attention_mass": 0.6, "prune_steps": 3, "score_rows": "response"},
-        {"pruning": "attention-free", "prune_scope": "image"},
-    ],
-    ids=lambda policy: policy["pruning"],
-)
-def test_ranks_drop_the_same_tokens(engine: EngineFactory, policy: dict[str, Any], tmp_path: Path) -> None:
+def test_ranks_drop_the_same_tokens(engine: EngineFactory, tmp_path: Path) -> None:
     """Their key heads are split, so neither rank could choose by itself. There is no reference: the engine's tokens."""
-    preset, *others = policy
-    pruning = PruningParams(preset=policy[preset], keep_ratio=0.25, **{name: policy[name] for name in others})
     runs = _runs("tiny-lavida-dream")
+    found = _answers(runs, tmp_path, [_round(preempt=3, keep_ratio=0.25, **policy) for policy in POLICIES])
     local = engine("tiny-lavida-dream")
-    expected = {}
-    for name, run in runs.items():
-        request = Request(run.case.prompt, tuple(run.case.images()), golden_runs.denoising_of(run), pruning)
-        expected[name] = local.generate([request])[0].output_ids
-    assert expected != {name: run.output for name, run in runs.items()}
-    knobs = json.dumps({"keep_ratio": 0.25, **policy})
-    assert _answers(runs, tmp_path, "3", f"--knobs={knobs}") == expected
+    for (preset, *others), policy, answers in zip(POLICIES, POLICIES, found, strict=True):
+        pruning = PruningParams(preset=policy[preset], keep_ratio=0.25, **{name: policy[name] for name in others})
+        expected = {}
+        for name, run in runs.items():
+            request = Request(run.case.prompt, tuple(run.case.images()), golden_runs.denoising_of(run), pruning)
+            expected[name] = local.generate([request])[0].output_ids
+        assert expected != {name: run.output for name, run in runs.items()}, policy
+        assert answers == expected, policy
 
 
-def _expect_the_references_tokens(checkpoint: str, folder: Path, *flags: str) -> None:
-    runs = _runs(checkpoint)
-    assert _answers(runs, folder, *flags) == {name: run.output for name, run in runs.items()}
+def _round(preempt: int = 0, **knobs: Any) -> dict[str, Any]:
+    return {"preempt": preempt, "knobs": knobs}
 
 
 def _runs(checkpoint: str) -> dict[str, golden_data.Run]:
@@ -84,10 +84,10 @@ def _runs(checkpoint: str) -> dict[str, golden_data.Run]:
     return runs
 
 
-def _answers(runs: dict[str, golden_data.Run], folder: Path, *flags: str) -> Any:
+def _answers(runs: dict[str, golden_data.Run], folder: Path, rounds: list[dict[str, Any]], *flags: str) -> Any:
     answers = folder / "answers.json"
     done = subprocess.run(
-        [sys.executable, "-m", "plugin.two_ranks", answers, *flags, *runs],
+        [sys.executable, "-m", "plugin.two_ranks", answers, json.dumps(rounds), *flags, *runs],
         cwd=TESTS,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
         stdout=subprocess.PIPE,

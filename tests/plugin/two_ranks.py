@@ -1,12 +1,12 @@
 """Golden runs of one checkpoint over two tensor-parallel ranks, in a process of its own:
 
-    python -m plugin.two_ranks answers.json PREEMPT [--disturb] [--knobs=JSON] RUN...
+    python -m plugin.two_ranks answers.json ROUNDS [--disturb] RUN...
 
+ROUNDS: a JSON list; in each round all runs are asked together, with `knobs` beside their own, and all are preempted
+after every `preempt` engine steps if that is not 0. The answers are a list too, by run.
 --disturb: the second rank's head is another one, so that by itself it would decide differently.
---knobs: what every run asks for beside its own.
 
-All requests are preempted after every PREEMPT engine steps, if that is not 0. vLLM's parallel groups are globals of a
-process, and an engine that ends takes those of the other engines with it.
+vLLM's parallel groups are globals of a process, and an engine that ends takes those of the other engines with it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ import golden_data
 from plugin.requests import answer_of, prompt_of, sampling_of
 
 
-def main(output: str, preempt: str, *names: str) -> None:
+def main(output: str, rounds: str, *names: str) -> None:
     disturb = "--disturb" in names
     if disturb:
         # vLLM runs functions in its workers only if it is told that nobody else can send it some.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    knobs = json.loads(next((name.partition("=")[2] for name in names if name.startswith("--knobs=")), "{}"))
-    asked = {f"redvtp_{name}": value for name, value in knobs.items()}
     runs = [run for run in golden_data.runs() if str(run) in names]
     (checkpoint,) = {run.case.checkpoint for run in runs}
     model = str(golden_data.checkpoint_dir(checkpoint))
@@ -38,6 +36,11 @@ def main(output: str, preempt: str, *names: str) -> None:
     llm = LLM(model, dtype="float32", tensor_parallel_size=2, disable_log_stats=True)
     if disturb:
         assert llm.collective_rpc(_disturb) == [0, 1]
+    Path(output).write_text(json.dumps([_round(llm, runs, **each) for each in json.loads(rounds)]))
+
+
+def _round(llm: LLM, runs: list[golden_data.Run], preempt: int, knobs: dict[str, Any]) -> dict[str, Any]:
+    asked = {f"redvtp_{name}": value for name, value in knobs.items()}
     for run in runs:
         llm.llm_engine.add_request(str(run), prompt_of(run.case), sampling_of(run, **asked))
     outputs: dict[str, Any] = {}
@@ -45,12 +48,9 @@ def main(output: str, preempt: str, *names: str) -> None:
     while llm.llm_engine.has_unfinished_requests():
         outputs |= {done.request_id: done for done in llm.llm_engine.step() if done.finished}
         steps += 1
-        if int(preempt) and steps % int(preempt) == 0:
+        if preempt and steps % preempt == 0:
             assert llm.reset_prefix_cache(reset_running_requests=True)
-    answers = {
-        str(run): answer_of(run, list(outputs[str(run)].outputs[0].token_ids), llm.get_tokenizer()) for run in runs
-    }
-    Path(output).write_text(json.dumps(answers))
+    return {str(run): answer_of(run, list(outputs[str(run)].outputs[0].token_ids), llm.get_tokenizer()) for run in runs}
 
 
 def _disturb(worker: Any) -> int:
