@@ -30,7 +30,7 @@ def test_the_benchmark_reports_every_setting(tmp_path: Path) -> None:
         [sys.executable, BENCHMARKS / "decode.py", *TINY, "--workdir", tmp_path, "--json", tmp_path / "results.json"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -61,7 +61,7 @@ def test_lavida_is_measured_behind_a_prompt_encoded_once(tmp_path: Path) -> None
         [sys.executable, *command, "--json", tmp_path / "results.json"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -122,7 +122,7 @@ def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
         [sys.executable, BENCHMARKS / "decode.py", "--image", "wide", "--workdir", tmp_path],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 2

@@ -156,7 +156,7 @@ def vllm_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
         "vllm", "--json", "--trace", folder / "trace.json", "--heatmap", folder / "kept.png",
     ]  # fmt: skip
     command = [sys.executable, "-m", "redvtp.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False), folder
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False), folder
 
 
 def test_vllm_prints_json_and_nothing_else(vllm_run: tuple[subprocess.CompletedProcess[str], Path]) -> None:

@@ -27,7 +27,7 @@ def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user runs it."""
     script = Path(sys.executable).with_name("redvtp")
     start = [str(script)] if script.exists() else [sys.executable, "-m", "redvtp.cli"]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False)
 
 
 def _in_process(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

@@ -40,14 +40,14 @@ def _stopped(file: Path, folder: Path, with_signal: signal.Signals, after: int) 
     arguments = ["eval", MODEL, file, *GRID, *FLAGS, "--output", folder]
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     results = folder / "results.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     try:
         while not (results.exists() and results.read_bytes().count(b"\n") >= after):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(with_signal)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
         process.wait()
