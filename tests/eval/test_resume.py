@@ -21,7 +21,8 @@ GRID = ("--policies", "redvtp", "--keep", "0.5", "--concurrency", "2")
 
 @pytest.fixture(scope="module")
 def file(engine: EngineFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    asked = tasks(engine(CHECKPOINT), rounds=12, lengths=(16,))
+    # Many seconds of work: a signal must find it unfinished however late it comes.
+    asked = tasks(engine(CHECKPOINT), rounds=20, lengths=(48,))
     assert len(asked) > 30
     return write(tmp_path_factory.mktemp("tasks") / "questions.jsonl", asked)
 
