@@ -65,6 +65,7 @@ def good_requests(model: str) -> list[Sent]:
         "defaults": _chat(model, [wide], "What is it?"),
         "keep a quarter": _chat(model, [tall], "What?", max_tokens=32, **fill, **_knobs(keep_ratio=0.25)),
         "prefix cache": _chat(model, [wide], "Why?", max_tokens=40, **fill, **_knobs(cache="prefix")),
+        "dual cache": _chat(model, [tall], "Why?", max_tokens=40, **fill, **_knobs(cache="dual", block_length=16)),
         "prefix-LM": _chat(model, [tall], "Why?", max_tokens=32, **fill, **_knobs(cache="prefix_lm")),
         "random remasking": _chat(model, [small], "Who?", seed=3, **fill, **_knobs(remasking="random")),
         "a temperature": _chat(model, [wide], "Who?", temperature=0.8, seed=4, max_tokens=24, **fill),

@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("answers.jsonl"), help="default: %(default)s")
     parser.add_argument("--gen-length", type=int, default=64, help="canvas length in tokens (default: %(default)s)")
     parser.add_argument("--keep-ratio", type=float, default=0.5, help="visual tokens kept (default: %(default)s)")
-    parser.add_argument("--cache", choices=("none", "prefix"), default="none", help="default: %(default)s")
+    parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none", help="default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     parser.add_argument("--in-flight", type=int, default=64, help="requests in vLLM at once (default: %(default)s)")
     arguments = parser.parse_args()

@@ -123,7 +123,7 @@ def _block_table(segment: Segment, block_size: int) -> Tensor | None:
     if slots is None or segment.scores is not None or not slots.numel():
         return None
     written = segment.write_slots
-    if written is not None and not torch.equal(written, slots[slots.numel() - written.numel() :]):
+    if written is not None and not bool(torch.isin(written, slots).all()):
         # Something of its own may lie behind what it reads, where `_unused_slots` clears.
         return None
     blocks = slots[::block_size] // block_size

@@ -65,7 +65,8 @@ class StepCuts:
         importances = self._pruner.importances(found, {})
         moves: Moves = []
         for index in indices:
-            sequence, first, slots = self._batch[index], self._plans[index].first, self._slots[index]
+            sequence, slots = self._batch[index], self._slots[index]
+            first, end = self._plans[index].first, self._plans[index].end
             if index in importances:
                 share = sequence.share_next()
                 assert share is not None
@@ -76,7 +77,7 @@ class StepCuts:
                     behind = range(self.layers[index] + 1, self._cache.num_layers)
                     moves.append((behind, self._move_up(sequence, kept, first)))
             else:
-                self._rests[index] = rest_of_withdrawal(sequence, first, slots)
+                self._rests[index] = rest_of_withdrawal(sequence, first, end, slots)
         if moves:
             # The layers to come read what is in front of their rows from pages, of the survivors only.
             with self._clock.measure("compaction"):
@@ -114,15 +115,15 @@ def rest_of_drop(sequence: Sequence, kept: Tensor, first: int, slots: Tensor) ->
     return Rest(own, positions, slots[before:total], slots[:total] if first else None)
 
 
-def rest_of_withdrawal(sequence: Sequence, first: int, slots: Tensor) -> Rest:
+def rest_of_withdrawal(sequence: Sequence, first: int, end: int, slots: Tensor) -> Rest:
     """A sequence behind the layer where its visual tokens leave, its rows where they were.
 
-    first: the row its forward begins with. slots: [rows] int64 of its first rows, those of the prompt or all.
+    first, end: the rows its forward computes. slots: [rows] int64 of its first rows, those of the prompt or all.
     """
     stays = sequence.without_visual()[: slots.numel()].to(slots.device)
-    own = stays[first:].nonzero()[:, 0]
-    positions = sequence.positions()[first : slots.numel()][own]
-    return Rest(own, positions, slots[first:][own], slots[stays] if first else None)
+    own = stays[first:end].nonzero()[:, 0]
+    positions = sequence.positions()[first:end][own]
+    return Rest(own, positions, slots[first:end][own], slots[stays] if first else None)
 
 
 def _moves_up(sequence: Sequence) -> bool:

@@ -10,7 +10,9 @@ import math
 import re
 from dataclasses import dataclass
 
-CACHES = ("none", "prefix", "prefix_lm")
+CACHES = ("none", "prefix", "dual", "prefix_lm")
+# Those that keep pages from one step of a canvas block to the next, and refresh them.
+BLOCK_CACHES = ("prefix", "dual")
 REMASKINGS = ("low_confidence", "entropy", "margin", "random")
 # Those whose confidence is a number in [0, 1] that says how sure the model is.
 BOUNDED_REMASKINGS = ("low_confidence", "margin")
@@ -96,8 +98,8 @@ def _text(name: str, value: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class DenoisingParams:
-    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; `prefix` and `threshold`: Fast-dLLM, arXiv
-    2505.22618; schedules, confidences and `prefix_lm`: LaViDa, arXiv 2505.16839).
+    """How a canvas is decided (LLaDA-V's `generate`, arXiv 2505.16933; `prefix`, `dual` and `threshold`: Fast-dLLM,
+    arXiv 2505.22618; schedules, confidences and `prefix_lm`: LaViDa, arXiv 2505.16839).
 
     gen_length: canvas length in tokens.
     block_length: canvas positions decoded together; None is min(32, gen_length). The last canvas block may be shorter.
@@ -122,11 +124,12 @@ class DenoisingParams:
     draft: the answer with a `<mask>` for every token that is to be filled in; the rest of it never changes. The canvas
     is then as long as the draft, which gen_length only limits, and the model's end tokens do not end it.
     ignore_eos: the model's end tokens do not end the answer.
-    cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks;
-    `prefix_lm` computes the prompt once, without the canvas in its view, and after that only the canvas.
-    refresh_interval: with `prefix`, everything is recomputed at the start of each canvas block and after every so many
-    steps within it. None recomputes at the start of blocks, and once visual tokens were dropped only the canvas: the
-    prompt's keys and values still know of those.
+    cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks,
+    `dual` those of later blocks too, so that a step computes its own block only; `prefix_lm` computes the prompt once,
+    without the canvas in its view, and after that only the canvas.
+    refresh_interval: with `prefix` and `dual`, everything is recomputed at the start of each canvas block and after
+    every so many steps within it. None recomputes at the start of blocks, and once visual tokens were dropped only the
+    canvas: the prompt's keys and values still know of those.
 
     Raises ValueError naming the knob, the value and what is allowed.
     """

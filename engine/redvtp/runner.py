@@ -49,7 +49,8 @@ class PackedStep:
         """Packed rows whose logits are about canvas_rows [rows] of sequence `index`; they lie at or after its plan's
         `start`."""
         segment = self.segments[index]
-        rows = segment.end - sequence.suffix_ids.numel() - sequence.gen_length + canvas_rows
+        # Counted from the end: rows of the prompt may have left on the way.
+        rows = segment.end - (self.plans[index].end - sequence.prompt_length) + canvas_rows
         # The very first row of a canvas that is computed without the prompt has nobody before it but itself.
         return (rows - int(sequence.shifted_logits)).clamp(min=segment.start)
 
@@ -143,7 +144,7 @@ class DenoisingRunner:
             ends = list(accumulate(origin.tokens for origin in origins))
             segments = [Segment(start, end, write_slots=None) for start, end in zip([0, *ends], ends, strict=False)]
             sequences = [sequence for sequence, _ in lost]
-            slots = self._slots(sequences, [sequence.next_step().first for sequence in sequences])
+            slots = self._slots(sequences, [sequence.pages_of_origin() for sequence in sequences])
 
             def attention(stage: list[Segment]) -> Attention:
                 rotary = self.model.language_model.rotary
@@ -158,8 +159,28 @@ class DenoisingRunner:
                 {index: origin.cut.layer for index, origin in enumerate(origins) if origin.cut is not None},
                 lambda indices, _: [rest_of_origin(origins[index]) for index in indices],
             )
+            self._rewrite_canvases([sequence for sequence in sequences if sequence.canvas_origin is not None])
         for sequence in batch:
             sequence.pages_lost = False
+
+    def _rewrite_canvases(self, batch: list[Sequence]) -> None:
+        """Take the response steps again that wrote the canvas since; the prompts' pages are there."""
+        origins = [sequence.canvas_origin for sequence in batch if sequence.canvas_origin is not None]
+        if not origins:
+            return
+        ids = torch.cat([origin.canvas_ids for origin in origins]).to(self.model.device)
+        responses = self.model.embed(ids).split([origin.canvas_ids.numel() for origin in origins])
+        rows = [part for origin, response in zip(origins, responses, strict=True)
+                for part in (origin.prompt_embeds, response)]  # fmt: skip
+        ends = list(accumulate(origin.tokens for origin in origins))
+        slots = self._slots(batch, [sequence.total_length for sequence in batch])
+        segments = [
+            Segment(start, end, write_slots=own[origin.first :], read_slots=own)
+            for start, end, own, origin in zip([0, *ends], ends, slots, origins, strict=False)
+        ]
+        positions = torch.cat([origin.positions for origin in origins])
+        # Whoever drops or withdraws visual tokens half way has no canvas of another step's.
+        self._run(batch, torch.cat(rows), positions, segments, self._attention, {}, lambda *_: [])
 
     @torch.inference_mode()
     def encode_prompts(self, batch: list[Sequence]) -> None:
@@ -179,7 +200,7 @@ class DenoisingRunner:
             if (layer := sequence.withdraws_behind) is None:
                 sequence.note_origin()
             else:
-                cuts[index], rests[index] = layer, rest_of_withdrawal(sequence, 0, slots[index])
+                cuts[index], rests[index] = layer, rest_of_withdrawal(sequence, 0, slots[index].numel(), slots[index])
                 sequence.note_origin(OriginCut(layer, rests[index].rows, rests[index].positions, in_place=True))
         rows = torch.cat([sequence.prompt_embeds for sequence in batch])
         positions = torch.cat([sequence.prompt_positions for sequence in batch])
@@ -199,8 +220,7 @@ class DenoisingRunner:
             return {}
         packed = self.forward(batch)
         for index, (sequence, plan) in enumerate(zip(batch, packed.plans, strict=True)):
-            if sequence.denoising.cache == "prefix" and plan.kind == "full":
-                sequence.note_origin(packed.cuts.of_origin(index))
+            sequence.note_pages(plan, packed.cuts.of_origin(index))
         undecided = [sequence.canvas.masked() for sequence in batch]
         steps = [sequence.steps_done for sequence in batch]
         shares = [sequence.share_next() for sequence in batch]
@@ -237,31 +257,29 @@ class DenoisingRunner:
             with self.clock.measure("compaction"):
                 compact_each(self.cache, moves, self.model.language_model.rotary)
         for sequence in batch:
-            # Not a moment longer: it may hold the embeddings of the tokens that were dropped.
-            if sequence.finished or sequence.next_step().first == 0:
-                sequence.origin = None
+            sequence.forget_origins()
         return prunings
 
     @torch.inference_mode()
     def forward(self, batch: list[Sequence]) -> PackedStep:
         """The model over every sequence's next step. Writes and moves K/V pages; changes no sequence."""
         plans = [sequence.next_step() for sequence in batch]
-        canvas_starts = [max(0, plan.first - seq.prompt_length) for plan, seq in zip(plans, batch, strict=True)]
-        ids = [ids for seq, start in zip(batch, canvas_starts, strict=True)
-               for ids in (seq.canvas.tokens[start:], seq.suffix_ids)]  # fmt: skip
-        counts = [first.numel() + second.numel() for first, second in zip(ids[::2], ids[1::2], strict=True)]
-        embedded = self.model.embed(torch.cat(ids).to(self.model.device)).split(counts)
+        bounds = [(max(0, plan.first - seq.prompt_length), plan.end - seq.prompt_length)
+                  for plan, seq in zip(plans, batch, strict=True)]  # fmt: skip
+        ids = [torch.cat((seq.canvas.tokens, seq.suffix_ids))[start:end]
+               for seq, (start, end) in zip(batch, bounds, strict=True)]  # fmt: skip
+        embedded = self.model.embed(torch.cat(ids).to(self.model.device)).split([part.numel() for part in ids])
         slots = self._slots(batch, [sequence.total_length for sequence in batch])
-        ends = [seq.canvas_position + seq.gen_length + seq.suffix_ids.numel() for seq in batch]
-        counting = torch.arange(max(ends), device=self.model.device)
+        last = max(seq.canvas_position + end for seq, (_, end) in zip(batch, bounds, strict=True))
+        counting = torch.arange(last, device=self.model.device)
         rows: list[Tensor] = []
         positions: list[Tensor] = []
         segments: list[Segment] = []
         row = 0
-        parts = zip(batch, plans, canvas_starts, embedded, slots, ends, strict=True)
-        for sequence, plan, start, response, own, end in parts:
+        for sequence, plan, (start, end), response, own in zip(batch, plans, bounds, embedded, slots, strict=True):
             rows += [sequence.prompt_embeds[plan.first :], response]
-            positions += [sequence.prompt_positions[plan.first :], counting[sequence.canvas_position + start : end]]
+            positions.append(sequence.prompt_positions[plan.first :])
+            positions.append(counting[sequence.canvas_position + start : sequence.canvas_position + end])
             segments.append(self._segment(sequence, plan, row, own))
             row = segments[-1].end
         rotary = self.model.language_model.rotary
@@ -315,9 +333,9 @@ class DenoisingRunner:
             )
         return Segment(
             start=first_row,
-            end=first_row + slots.numel() - plan.first,
-            write_slots=slots[plan.first :],
-            read_slots=slots if plan.first else None,
+            end=first_row + plan.end - plan.first,
+            write_slots=slots[plan.first : plan.end],
+            read_slots=None if (plan.first, plan.end) == (0, slots.numel()) else slots,
             scores=scores,
         )
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from redvtp.denoising.acceptance import acceptance_of
 from redvtp.denoising.canvas import Canvas
 from redvtp.denoising.schedule import schedule_of
-from redvtp.kv.rewriting import OriginCut, PageOrigin
-from redvtp.params import DenoisingParams
+from redvtp.kv.rewriting import CanvasOrigin, OriginCut, PageOrigin
+from redvtp.params import BLOCK_CACHES, DenoisingParams
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.policy import PROMPT_ROWS, Policy
 
@@ -27,9 +27,9 @@ BEFORE_ALL_STEPS = -1
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The next step of a sequence: `full` computes every kept token, `response` the canvas or the end of it.
+    """The next step of a sequence: `full` computes every kept token, `response` the canvas or a part of it.
 
-    first: the row the forward begins with, of prompt, canvas and suffix; those before are read from pages.
+    first, end: the rows that are computed, of prompt, canvas and suffix; the others are read from pages.
     start: canvas rows from here on may be decided.
     tokens_computed: rows that enter it, and those of another forward before it: of a prompt that is encoded alone, or
     of pages that are written again. Some may leave half way.
@@ -37,6 +37,7 @@ class StepPlan:
 
     kind: str
     first: int
+    end: int
     start: int
     tokens_computed: int
 
@@ -125,9 +126,13 @@ class Sequence:
         self.suffix_ids = torch.tensor(suffix_ids, dtype=torch.int64)
         self.canvas_position = prompt_embeds.shape[0]
         self.block_table = block_table if block_table is not None else []
-        # Where the pages that the next steps read come from; None while they read none.
+        # Where the pages that the next steps read come from; None while they read none. The second one is that of the
+        # canvas, if a response step has computed it since.
         self.origin: PageOrigin | None = None
+        self.canvas_origin: CanvasOrigin | None = None
         self.pages_lost = False
+        # Whether the pages of the canvas are not to be read, because visual tokens went since they were written.
+        self._canvas_stale = False
         # Whether visual tokens went after a forward had seen them.
         self._dropped = False
         self._end_tokens = () if denoising.ignore_eos else special.end_ids
@@ -214,38 +219,50 @@ class Sequence:
         """What must be computed again before the next step, because it reads pages that were lost."""
         return self.origin if self.pages_lost else None
 
+    @property
+    def _origin_tokens(self) -> int:
+        return sum(origin.tokens for origin in (self.origin, self.canvas_origin) if origin is not None)
+
     def next_step(self) -> StepPlan:
         """Whether the next step is full or a response step (docs/architecture.md: decoding modes), and what it
         computes."""
         plan = self._next_step()
-        again = self.rewrites
-        return plan if again is None else replace(plan, tokens_computed=plan.tokens_computed + again.tokens)
+        again = self._origin_tokens if self.pages_lost else 0
+        return replace(plan, tokens_computed=plan.tokens_computed + again) if again else plan
 
     def resume_tokens(self) -> int:
         """What the next step computes if the pages are lost before it."""
-        return self._next_step().tokens_computed + (self.origin.tokens if self.origin is not None else 0)
+        return self._next_step().tokens_computed + self._origin_tokens
 
     def _next_step(self) -> StepPlan:
         total, prompt = self.total_length, self.prompt_length
         if self.denoising.cache == "prefix_lm":
             computed = total if self.encodes_prompt_next() else total - prompt
-            return StepPlan("full" if computed == total else "response", prompt, 0, computed)
-        row = self._first_canvas_row_next()
-        if row is not None and not self._scores_before(row):
-            # The token before the first one says what that is: with shifted logits it is computed again.
-            first = prompt + row - int(self.shifted_logits)
-            return StepPlan("response", first, self.canvas.block_start, total - first)
-        return StepPlan("full", 0, 0, total)
+            return StepPlan("full" if computed == total else "response", prompt, total, 0, computed)
+        rows = self._canvas_rows_next()
+        if rows is None or self._scores_before(rows[0]):
+            return StepPlan("full", 0, total, 0, total)
+        # The token before the first one says what that is: with shifted logits it is computed again.
+        first, end = prompt + rows[0] - int(self.shifted_logits), total if rows[1] is None else prompt + rows[1]
+        return StepPlan("response", first, end, self.canvas.block_start, end - first)
 
-    def _first_canvas_row_next(self) -> int | None:
-        """Where a step begins that reads the prompt, and what else stands before, from pages; None for a full step."""
-        if self.denoising.cache != "prefix":
+    def _canvas_rows_next(self) -> tuple[int, int | None] | None:
+        """Canvas rows that a step computes which reads the others, and the prompt, from pages: the first, and where
+        they end (None is behind the suffix). None for a full step."""
+        if self.denoising.cache not in BLOCK_CACHES:
             return None
         interval, step = self.denoising.refresh_interval, self.canvas.step_in_block
-        if interval is None and self._dropped:
-            # Pages of a finished block that stay are written by full steps only, and there are none any more.
-            return 0
-        return self.canvas.block_start if (step % interval if interval else step) else None
+        refreshes = (step % interval if interval else step) == 0
+        if refreshes and (interval is not None or not self._dropped):
+            return None
+        if refreshes or self._canvas_stale:
+            return 0, None
+        # Undecided rows of later blocks may be asked where they look.
+        later = self.denoising.cache == "prefix" or self.scores_next()
+        return self.canvas.block_start, None if later else self.canvas.block_end
+
+    def _is_whole_response(self, plan: StepPlan) -> bool:
+        return plan.kind == "response" and plan.first <= self.prompt_length and plan.end == self.total_length
 
     def encodes_prompt_next(self) -> bool:
         """Whether the next step first computes the prompt, alone and for good."""
@@ -306,6 +323,13 @@ class Sequence:
             return self.policy.layer
         return self.withdraws_behind
 
+    def pages_of_origin(self) -> int:
+        """How many of the first rows the next step has, or would have, from the pages that `origin` tells of."""
+        if self.canvas_origin is not None:
+            return self.canvas_origin.first
+        plan = self._next_step()
+        return plan.first if plan.end == self.total_length else self.total_length
+
     def without_visual(self) -> Tensor:
         """[total_length] bool, the rows of prompt, canvas and suffix that are no visual tokens.
 
@@ -324,6 +348,33 @@ class Sequence:
         """Positions of the canvas from row `start` on, and of the suffix behind it."""
         first, end = self.canvas_position + start, self.canvas_position + self.gen_length + self.suffix_ids.numel()
         return torch.arange(first, end, device=self.prompt_positions.device)
+
+    def note_pages(self, plan: StepPlan, cut: OriginCut | None) -> None:
+        """Remember what the forward of a step has written, if later ones read it. cut: see `PageOrigin`."""
+        if self.denoising.cache not in BLOCK_CACHES:
+            return
+        if plan.kind == "full":
+            self.note_origin(cut)
+            self.canvas_origin, self._canvas_stale = None, False
+            return
+        if self._is_whole_response(plan):
+            self.canvas_origin = CanvasOrigin(
+                plan.first,
+                self.prompt_embeds[plan.first :],
+                torch.cat((self.canvas.tokens, self.suffix_ids)),
+                self.positions()[plan.first :],
+            )
+            self._canvas_stale = False
+        # Attention that is scored goes another way, on which the last bits may differ from those of a step taken again.
+        self._canvas_stale |= self.scores_next()
+
+    def forget_origins(self) -> None:
+        """Let go of what no step will need: it may hold the embeddings of tokens that were dropped."""
+        plan = None if self.finished else self._next_step()
+        if plan is None or plan.first == 0:
+            self.origin = None
+        if plan is None or plan.kind == "full" or self._is_whole_response(plan):
+            self.canvas_origin = None
 
     def note_origin(self, cut: OriginCut | None = None) -> None:
         """Remember what a forward over all rows, or over the prompt alone, computes pages from."""
@@ -356,7 +407,7 @@ class Sequence:
         prompt_survives = survives[: self.prompt_length]
         is_visual = torch.zeros_like(prompt_survives)
         is_visual[self.visual_rows] = True
-        self._dropped = self.steps_done > 0
+        self._dropped = self._canvas_stale = self.steps_done > 0
 
         self.visual_rows = is_visual[prompt_survives].nonzero()[:, 0]
         self.image_of = self.image_of[kept]

@@ -186,7 +186,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (["--gen-length", "32", "--steps", "33"], "steps must be an integer in [1, 32], got 33"),
         (["--temperature", "-1"], "temperature must be a number >= 0, got -1.0"),
         (["--remasking", "best"], "remasking must be one of low_confidence, entropy, margin, random, got 'best'"),
-        (["--cache", "dual"], "cache must be one of none, prefix, prefix_lm, got 'dual'"),
+        (["--cache", "suffix"], "cache must be one of none, prefix, dual, prefix_lm, got 'suffix'"),
         (["--pruning", "later"], "pruning must be one of"),
         (["--score-rows", "all"], "score_rows must be one of masked, response, prompt, prompt_response, committed"),
         (["--score-layers", "9"], "score_layers must be layers N or a range A:B within 0:4, got '9'"),

@@ -1,4 +1,4 @@
-"""A slow decoding loop, written out, for policies that take visual tokens out of some layers.
+"""A slow decoding loop, written out, for caches and for policies that take visual tokens out of some layers.
 
 Every layer keeps the keys (before rotation) and values of all rows; who may be seen where is a mask, and attention is
 plain softmax. No pages, no packing, no stages.
@@ -44,6 +44,7 @@ class SlowDecoder:
         empty = torch.zeros(self.places.numel(), config.num_key_value_heads, config.head_dim)
         self.keys = [empty.clone() for _ in range(config.num_hidden_layers)]
         self.values = [empty.clone() for _ in range(config.num_hidden_layers)]
+        self.just_dropped = False
         self.canvases: list[list[int]] = []
         self.rows_run: list[list[int]] = []
         self.importances: list[Tensor] = []
@@ -57,7 +58,7 @@ class SlowDecoder:
 
     def step(self) -> None:
         canvas, prompt, shifted = self.canvas, self.embeds.shape[0], self.sequence.shifted_logits
-        start, first = 0, 0
+        start, first, end = 0, 0, self.places.numel()
         self.rows_run.append([0] * len(self.keys))
         if self.denoising.cache == "prefix_lm":
             first = prompt
@@ -65,13 +66,19 @@ class SlowDecoder:
                 hidden, _ = self.layers(0, prompt, None)
                 if shifted:
                     canvas.decide(0, int(self.logits(hidden[-1:])[:, : self.local.special.vocab].argmax()))
-        elif self.denoising.cache == "prefix" and self.embeds.shape[0] < self.sequence.prompt_embeds.shape[0]:
-            start, first = canvas.block_start, prompt - int(shifted)
-        elif self.denoising.cache == "prefix" and canvas.step_in_block:
-            start = canvas.block_start
-            first = prompt + start - int(shifted)
-        hidden, survives = self.layers(first, self.places.numel(), self.drops.get(canvas.steps_done))
-        about = canvas.masked_rows(start) - canvas.gen_length - int(shifted)
+        elif self.denoising.cache in ("prefix", "dual"):
+            dropped = self.embeds.shape[0] < self.sequence.prompt_embeds.shape[0]
+            if self.just_dropped or (dropped and not canvas.step_in_block):
+                # The canvas alone, for its pages are not what they should be.
+                start, first = canvas.block_start, prompt - int(shifted)
+            elif canvas.step_in_block % (self.denoising.refresh_interval or canvas.gen_length):
+                start = canvas.block_start
+                first = prompt + start - int(shifted)
+                if self.denoising.cache == "dual" and canvas.steps_done not in self.drops:
+                    end = prompt + canvas.block_end
+        hidden, survives = self.layers(first, end, self.drops.get(canvas.steps_done))
+        self.just_dropped = survives is not None
+        about = canvas.masked_rows(start) - (end - prompt) - int(shifted)
         logits = self.logits(hidden[(hidden.shape[0] + about).clamp(min=0)])
         proposals = propose(logits, self.local.special.vocab, [Choice(0.0, "low_confidence", torch.Generator())],
                             [about.numel()])  # fmt: skip
@@ -85,10 +92,12 @@ class SlowDecoder:
             self.places = self.moved(survives)[survives]
 
     def layers(self, first: int, end: int, keep: int | None) -> tuple[Tensor, Tensor | None]:
-        """Rows first..end of prompt and canvas through all layers; what survives of all rows if `keep` visual tokens
-        are to stay."""
+        """Rows first..end of prompt and canvas through all layers, in view of what earlier steps wrote; what survives
+        of all rows if `keep` visual tokens are to stay."""
         rows = torch.cat((self.embeds, self.local.model.embed(self.canvas.tokens)))
-        own, there, places = torch.arange(first, end), torch.arange(end), self.places
+        # A prompt that is computed alone sees no canvas.
+        seen = end if first == 0 else self.places.numel()
+        own, there, places = torch.arange(first, end), torch.arange(seen), self.places
         hidden, survives = rows[own], None
         for index, layer in enumerate(self.model.layers):
             hidden, weights = self.attend(layer, index, hidden, own, there, places)

@@ -230,7 +230,7 @@ SETTLED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "prefix_lm"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "prefix_lm"])
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 @pytest.mark.parametrize(("what", "rule", "schedule"), SETTLED, ids=[entry[0] for entry in SETTLED])
 def test_extremes_are_the_schedules(

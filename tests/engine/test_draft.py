@@ -41,7 +41,7 @@ def test_the_tokens_between_the_marks_are_those_of_the_text(draft: str) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny-llada-v", "tiny-lavida", "tiny-lavida-dream"])
-@pytest.mark.parametrize("cache", ["none", "prefix", "prefix_lm"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "prefix_lm"])
 def test_only_the_marks_are_filled_and_nothing_else_ever_changes(
     engine: EngineFactory, checkpoint: str, cache: str
 ) -> None:

@@ -122,7 +122,7 @@ def test_end_tokens_end_an_answer_though_the_reference_goes_on(engine: EngineFac
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny-lavida", "tiny-lavida-dream"])
-@pytest.mark.parametrize("cache", ["none", "prefix", "prefix_lm"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "prefix_lm"])
 def test_bfloat16_answers_and_prunes(engine: EngineFactory, checkpoint: str, cache: str) -> None:
     local = engine(checkpoint, dtype="bfloat16")
     denoising = DenoisingParams(gen_length=16, ignore_eos=True, cache=cache)

@@ -26,6 +26,7 @@ LAYERS = 4
 CACHES = {
     "none": DenoisingParams(gen_length=16, block_length=8, steps=8, ignore_eos=True),
     "prefix": DenoisingParams(gen_length=16, block_length=8, steps=8, ignore_eos=True, cache="prefix"),
+    "dual": DenoisingParams(gen_length=16, block_length=8, steps=8, ignore_eos=True, cache="dual"),
     "prefix_lm": DenoisingParams(gen_length=16, steps=8, ignore_eos=True, cache="prefix_lm"),
 }
 
@@ -114,6 +115,21 @@ def test_withdrawing_behind_a_layer_is_the_slow_way(
         assert {report.blocks_freed for report in reports} == {0}
 
 
+@pytest.mark.parametrize("interval", [None, 2])
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("checkpoint", ["tiny-llada-v", "tiny-lavida-dream"])
+def test_block_caches_are_the_slow_way(
+    engine: EngineFactory, checkpoint: str, cache: str, interval: int | None
+) -> None:
+    local = engine(checkpoint)
+    denoising = DenoisingParams(
+        gen_length=20, block_length=8, steps=12, ignore_eos=True, cache=cache, refresh_interval=interval
+    )
+    with _sequence(local, _request(local, denoising, PruningParams(preset="none"))) as sequence:
+        slow = SlowDecoder(local, sequence, 0).run()
+        _expect_the_slow_way(local, slow, _run(local, sequence))
+
+
 @pytest.mark.parametrize("rows", ["masked", "response"])
 def test_the_rows_that_look_are_those_asked_for(engine: EngineFactory, rows: str) -> None:
     """In a later step, where some of the response is decided, the two differ."""
@@ -163,7 +179,7 @@ def test_keeping_everything_changes_nothing(engine: EngineFactory, preset: str, 
 @pytest.mark.parametrize("preset", ["llada-fastv", "fastv", "layer-skip"])
 def test_refreshing_every_step_equals_no_cache(engine: EngineFactory, preset: str, positions: str) -> None:
     local = engine("tiny-llada-v")
-    cached = replace(CACHES["prefix"], refresh_interval=1)
+    cached = replace(CACHES["dual"], refresh_interval=1)
     pruning = PruningParams(preset=preset, keep_ratio=0.3, positions=positions)
     a, b = local.generate([_request(local, denoising, pruning) for denoising in (CACHES["none"], cached)])
     assert [step.canvas for step in a.steps] == [step.canvas for step in b.steps]
@@ -193,6 +209,8 @@ MIXED = [
     ("tall", CACHES["none"], PruningParams(keep_ratio=0.25)),
     ("two_pad_tensor", CACHES["prefix"], PruningParams(preset="none")),
     ("wide", CACHES["prefix"], PruningParams(preset="llada-fastv", keep_ratio=0.3, prune_step=2)),
+    ("tall", CACHES["dual"], PruningParams(preset="llada-fastv", keep_ratio=0.3)),
+    ("wide", CACHES["dual"], PruningParams(preset="progressive", keep_ratio=0.3, prune_step=1, prune_steps=5)),
     ("square", CACHES["prefix_lm"], PruningParams(preset="llada-fastv", prune_step=3, positions="original")),
 ]
 

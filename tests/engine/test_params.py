@@ -54,7 +54,7 @@ BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"draft": "<mask>\ud800"}, "draft must be valid Unicode"),
     ({"draft": "<mask>" * 20_000}, "draft must have at most 65,536 characters, got 120,000"),
     ({"ignore_eos": 1}, "ignore_eos must be true or false"),
-    ({"cache": "dual"}, "cache must be one of none, prefix, prefix_lm, got 'dual'"),
+    ({"cache": "suffix"}, "cache must be one of none, prefix, dual, prefix_lm, got 'suffix'"),
     ({"refresh_interval": 0}, "refresh_interval must be an integer >= 1, got 0"),
 ]
 BAD_PRUNING: list[tuple[dict[str, Any], str]] = [

@@ -265,7 +265,7 @@ def test_importance_of_features_finds_the_leading_directions() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_keeping_everything_changes_nothing(engine: EngineFactory, preset: str) -> None:
     local = engine(CHECKPOINT)
-    for cache in ("none", "prefix", "prefix_lm"):
+    for cache in ("none", "prefix", "dual", "prefix_lm"):
         denoising = replace(DENOISING, cache=cache)
         presets = (_pruning(preset, keep_ratio=1.0), PruningParams(preset="none"))
         kept, plain = local.generate([_request(local, denoising, pruning) for pruning in presets])
@@ -282,13 +282,15 @@ def test_refreshing_every_step_equals_no_cache(engine: EngineFactory, preset: st
     local = engine(CHECKPOINT)
     pruning = _pruning(preset, score_rows=rows if looks else None)
     plain = replace(DENOISING, seed=3)
-    cached = replace(plain, cache="prefix", refresh_interval=1)
-    a, b = local.generate([_request(local, denoising, pruning) for denoising in (plain, cached)])
-    assert [step.canvas for step in a.steps] == [step.canvas for step in b.steps]
-    assert [step.pruning for step in a.steps] == [step.pruning for step in b.steps]
+    prefix = replace(plain, cache="prefix", refresh_interval=1)
+    modes = (plain, prefix, replace(prefix, cache="dual"))
+    a, *cached = local.generate([_request(local, denoising, pruning) for denoising in modes])
+    for b in cached:
+        assert [step.canvas for step in a.steps] == [step.canvas for step in b.steps]
+        assert [step.pruning for step in a.steps] == [step.pruning for step in b.steps]
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "prefix_lm"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "prefix_lm"])
 def test_progressive_ends_where_a_single_pruning_does(engine: EngineFactory, cache: str) -> None:
     local = engine(CHECKPOINT, block_size=4, max_model_len=512)
     denoising = replace(DENOISING, cache=cache)
@@ -309,7 +311,7 @@ def test_progressive_ends_where_a_single_pruning_does(engine: EngineFactory, cac
 
 
 @pytest.mark.parametrize("positions", ["compact", "original"])
-@pytest.mark.parametrize("cache", ["prefix", "prefix_lm"])
+@pytest.mark.parametrize("cache", ["prefix", "dual", "prefix_lm"])
 @torch.inference_mode()
 def test_pages_after_several_prunings_are_those_of_a_fresh_cache(
     engine: EngineFactory, cache: str, positions: str

@@ -50,13 +50,13 @@ def _requests(draw: st.DrawFn) -> _Request:
     gen = draw(st.integers(2, 14))
     block = draw(st.integers(1, gen))
     steps = draw(st.integers(-(-gen // block), gen))
-    cache = draw(st.sampled_from(["none", "prefix", "prefix_lm"]))
+    cache = draw(st.sampled_from(["none", "prefix", "dual", "prefix_lm"]))
     denoising = DenoisingParams(
         gen_length=gen,
         block_length=block,
         steps=steps,
         cache=cache,
-        refresh_interval=draw(st.integers(1, 4)),
+        refresh_interval=draw(st.none() | st.integers(1, 4)),
         seed=draw(st.integers(0, 9)),
         temperature=draw(st.sampled_from([0.0, 1.0])),
         ignore_eos=True,

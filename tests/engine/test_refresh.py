@@ -25,6 +25,10 @@ def _full_steps(generation: Generation) -> list[int]:
     return [step.step for step in generation.steps if step.kind == "full"]
 
 
+def _computed(generation: Generation) -> list[int]:
+    return [step.tokens_computed for step in generation.steps]
+
+
 def test_without_pruning_it_refreshes_at_the_start_of_each_block_only(engine: EngineFactory) -> None:
     local = engine("tiny-llada-v")
     assert _full_steps(_generate(local, DenoisingParams(**LENGTHS), UNPRUNED)) == [0, 4, 8]
@@ -35,10 +39,27 @@ def test_without_pruning_it_refreshes_at_the_start_of_each_block_only(engine: En
 
 @pytest.mark.parametrize("preset", ["redvtp", "llada-fastv", "random"])
 def test_once_pruned_it_computes_the_canvas_only(engine: EngineFactory, preset: str) -> None:
+    """All of it after the pruning and at the start of a block, else what is not finished."""
     local = engine("tiny-llada-v")
     generation = _generate(local, DenoisingParams(**LENGTHS), PruningParams(preset, keep_ratio=0.25))
     assert _full_steps(generation) == [0]
-    assert {step.tokens_computed for step in generation.steps[1:]} == {24}
+    assert _computed(generation)[1:] == [24, 24, 24, 24, 16, 16, 16, 24, 8, 8, 8]
+
+
+def test_a_dual_cache_computes_its_own_block_only(engine: EngineFactory) -> None:
+    local = engine("tiny-llada-v")
+    dual = DenoisingParams(**LENGTHS | {"cache": "dual"})
+    pruned = _generate(local, dual, PruningParams(keep_ratio=0.25))
+    assert _full_steps(pruned) == [0]
+    assert _computed(pruned)[1:] == [24, 8, 8, 24, 8, 8, 8, 24, 8, 8, 8]
+    whole = _generate(local, dual, UNPRUNED)
+    total = whole.steps[0].kv_tokens
+    assert _computed(whole) == [total, 8, 8, 8] * 3
+    late = _generate(local, dual, PruningParams("late", keep_ratio=0.25, prune_step=5))
+    # A step that scores asks the undecided rows of all blocks.
+    assert _computed(late) == [total, 8, 8, 8, total, 16, 24, 8, 24, 8, 8, 8]
+    refreshed = _generate(local, DenoisingParams(**LENGTHS | {"cache": "dual", "refresh_interval": 3}), UNPRUNED)
+    assert _computed(refreshed) == [total, 8, 8, total] * 3
 
 
 def test_a_late_pruning_ends_the_refreshing(engine: EngineFactory) -> None:
@@ -55,9 +76,14 @@ def test_an_interval_of_the_clients_own_is_kept(engine: EngineFactory) -> None:
     denoising = DenoisingParams(**LENGTHS, refresh_interval=3)
     generation = _generate(engine("tiny-llada-v"), denoising, PruningParams(keep_ratio=0.25))
     assert _full_steps(generation) == [0, 3, 4, 7, 8, 11]
+    # After the pruning the canvas once more.
+    assert [_computed(generation)[step] for step in (1, 2, 5, 6, 9, 10)] == [24, 24, 16, 16, 8, 8]
 
 
 def test_with_shifted_logits_the_token_before_the_canvas_is_computed_too(engine: EngineFactory) -> None:
     local = engine("tiny-lavida-dream")
     generation = _generate(local, DenoisingParams(**LENGTHS), PruningParams(keep_ratio=0.25), "tiny-lavida-dream")
-    assert {step.tokens_computed for step in generation.steps[1:]} == {25}
+    assert _computed(generation)[1:] == [25, 25, 25, 25, 17, 17, 17, 25, 9, 9, 9]
+    dual = DenoisingParams(**LENGTHS | {"cache": "dual"})
+    generation = _generate(local, dual, PruningParams(keep_ratio=0.25), "tiny-lavida-dream")
+    assert _computed(generation)[1:] == [25, 9, 9, 25, 9, 9, 9, 25, 9, 9, 9]

@@ -24,6 +24,10 @@ MODES = {
     "none": DenoisingParams(gen_length=20, steps=10, ignore_eos=True),
     "prefix": DenoisingParams(gen_length=24, block_length=8, steps=16, cache="prefix", ignore_eos=True),
     "prefix-refreshed": DenoisingParams(gen_length=24, steps=12, cache="prefix", refresh_interval=5, ignore_eos=True),
+    "dual": DenoisingParams(gen_length=24, block_length=8, steps=16, cache="dual", ignore_eos=True, suffix=" yes"),
+    "dual-refreshed": DenoisingParams(
+        gen_length=24, block_length=12, steps=16, cache="dual", refresh_interval=3, ignore_eos=True
+    ),
     "prefix_lm": DenoisingParams(gen_length=20, steps=10, cache="prefix_lm", ignore_eos=True),
     "prefix-sampled": DenoisingParams(
         gen_length=20, block_length=10, steps=10, cache="prefix", temperature=0.9, seed=3, suffix=" yes"
@@ -31,6 +35,7 @@ MODES = {
     "prefix-threshold": DenoisingParams(
         gen_length=20, block_length=8, cache="prefix", refresh_interval=5, threshold=1.5, ignore_eos=True
     ),
+    "dual-threshold": DenoisingParams(gen_length=20, block_length=8, cache="dual", threshold=1.5, ignore_eos=True),
     "prefix_lm-min-confidence": DenoisingParams(
         gen_length=20, block_length=8, cache="prefix_lm", min_confidence=0.5, temperature=0.5, seed=6, ignore_eos=True
     ),
@@ -43,6 +48,7 @@ PRUNINGS = {
     "inside": PruningParams(preset="llada-fastv", keep_ratio=0.3),
     "inside-later": PruningParams(preset="llada-fastv", keep_ratio=0.3, prune_step=1, prune_layer=0),
     "withdrawn": PruningParams(preset="layer-skip", prune_layer=1),
+    "late": PruningParams(preset="late", keep_ratio=0.3),
     "several": PruningParams(preset="progressive", keep_ratio=0.3),
     "several-late": PruningParams(
         keep_ratio=0.3, prune_step=2, prune_steps=3, positions="original", score_rows="response"
@@ -105,7 +111,9 @@ def test_suspended_before_every_step(any_local: LocalEngine, mode: str, pruning:
     assert [report.canvas for report in reports] == expected
 
 
-@pytest.mark.parametrize("mode", ["prefix", "prefix-refreshed", "prefix-threshold", "prefix_lm"])
+@pytest.mark.parametrize(
+    "mode", ["prefix", "prefix-refreshed", "prefix-threshold", "dual", "dual-refreshed", "prefix_lm"]
+)
 def test_suspended_once_before_any_step(local: LocalEngine, mode: str) -> None:
     whole = _run(local, _sequence(local, MODES[mode], PRUNED), set())
     for step in range(len(whole)):
@@ -115,23 +123,29 @@ def test_suspended_once_before_any_step(local: LocalEngine, mode: str) -> None:
 
 
 @pytest.mark.parametrize("pruning", PRUNINGS)
-@pytest.mark.parametrize("mode", ["prefix", "prefix_lm"])
+@pytest.mark.parametrize("steps", [4, 9])
+@pytest.mark.parametrize("mode", ["prefix", "dual", "prefix_lm"])
 @torch.inference_mode()
-def test_rewritten_pages_are_the_pages(local: LocalEngine, mode: str, pruning: str) -> None:
-    """Bit for bit, all layers: also what no token happens to depend on."""
+def test_rewritten_pages_are_the_pages(local: LocalEngine, mode: str, pruning: str, steps: int) -> None:
+    """Bit for bit, all layers: also what no token happens to depend on. Four steps are within the first canvas block,
+    nine within the second."""
     sequence = _sequence(local, MODES[mode], PRUNINGS[pruning])
-    for _ in range(4):
+    for _ in range(steps):
         local.runner.step([sequence])
-    first = sequence.next_step().first
-    assert first > 0
-    (slots,) = local.runner._slots([sequence], [first])
+    plan, total = sequence.next_step(), sequence.total_length
+    assert plan.first > 0
+    # After a pruning the whole canvas is computed.
+    assert plan.end == total if mode != "dual" else plan.end < total or steps == 4
+    read = torch.ones(total, dtype=torch.bool)
+    read[plan.first : plan.end] = False
+    slots = local.runner._slots([sequence], [total])[0][read]
     before = [local.cache.read(layer, slots) for layer in range(local.cache.num_layers)]
     sequence.suspend()
     _spoil(local)
     sequence.resume(_blocks(local, sequence, 3))
     local.runner.rewrite_pages([sequence])
-    (slots,) = local.runner._slots([sequence], [first])
-    seen = sequence.without_visual()[:first]
+    slots = local.runner._slots([sequence], [total])[0][read]
+    seen = sequence.without_visual()[read]
     for layer, (key, value) in enumerate(before):
         keys, values = local.cache.read(layer, slots)
         behind = sequence.withdraws_behind is not None and layer > sequence.withdraws_behind
@@ -155,7 +169,7 @@ def test_rewriting_is_counted_and_announced(local: LocalEngine) -> None:
 
 def test_neighbours_of_a_resumed_sequence_keep_their_tokens(local: LocalEngine) -> None:
     """Two that are resumed in one step, and one that was never suspended."""
-    modes = [MODES["prefix"], MODES["prefix_lm"], MODES["none"]]
+    modes = [MODES["dual"], MODES["prefix_lm"], MODES["none"]]
     expected = [_run(local, _sequence(local, mode, PRUNED), set())[-1].canvas for mode in modes]
     batch = [_sequence(local, mode, PRUNED) for mode in modes]
     tables = [list(range(10 * index, 10 * index + 10)) for index in range(3)]

@@ -28,18 +28,22 @@ SHAPES = [(4, 4, 32, 32), (4, 2, 64, 32), (6, 2, 32, 64), (2, 2, 128, 128)]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A segment before it has a place in a batch. first: its first computed token; holes: slots that are not read."""
+    """A segment before it has a place in a batch. first, end: tokens it computes; holes: slots that are not read."""
 
     length: int
     first: int
+    end: int
     table: Tensor
     holes: int = 0
 
+    @property
+    def rows(self) -> int:
+        return self.end - self.first
+
     def segment(self, start: int, block_size: int) -> Segment:
         slots = slots_of(self.table, 0, self.length, block_size)
-        return Segment(
-            start, start + self.length - self.first, slots[self.first :], slots[self.holes :] if self.first else None
-        )
+        reads = self.rows < self.length
+        return Segment(start, start + self.rows, slots[self.first : self.end], slots[self.holes :] if reads else None)
 
 
 class Setup:
@@ -60,14 +64,15 @@ class Setup:
     def random(self, tokens: int, heads: int) -> Tensor:
         return torch.randn(tokens, heads, self.head_dim, generator=self.generator).to(self.dtype)
 
-    def part(self, length: int, first: int, holes: int = 0) -> Part:
+    def part(self, length: int, first: int, holes: int = 0, behind: int = 0) -> Part:
+        """behind: tokens that are read and come after those that are computed."""
         table = torch.tensor([self._free.pop() for _ in range(blocks_needed(length, self.block_size))])
-        return Part(length, first, table, holes)
+        return Part(length, first, length - behind, table, holes)
 
     def inputs(self, parts: list[Part]) -> list[tuple[Tensor, Tensor, Tensor]]:
         return [
             (self.random(rows, self.heads), self.random(rows, self.kv_heads), self.random(rows, self.kv_heads))
-            for rows in (part.length - part.first for part in parts)
+            for rows in (part.rows for part in parts)
         ]
 
     def kernel(self, segments: list[Segment]) -> CpuPagedAttention:
@@ -98,17 +103,27 @@ def _both_pages_hold_the_same(setup: Setup) -> None:
 @given(
     shape=st.sampled_from(SHAPES),
     dtype=st.sampled_from(list(TOLERANCE)),
-    sizes=st.lists(st.tuples(st.integers(1, 150), st.floats(0, 1), st.integers(0, 9)), min_size=1, max_size=5),
+    sizes=st.lists(
+        st.tuples(st.integers(1, 150), st.floats(0, 1), st.integers(0, 9), st.sampled_from([0, 0, 0.3, 0.9])),
+        min_size=1,
+        max_size=5,
+    ),
     seed=st.integers(0, 1000),
 )
 def test_kernel_equals_the_reference_over_any_mix_of_steps(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, sizes: list[tuple[int, float, int]], seed: int
+    shape: tuple[int, int, int, int], dtype: torch.dtype, sizes: list[tuple[int, float, int, float]], seed: int
 ) -> None:
-    """Full steps, response steps of any length, and, as nobody's prefix, some of a sequence's slots."""
+    """Full steps, response steps of any length, in the middle too, and, as nobody's prefix, some of a sequence's
+    slots."""
     setup = Setup(shape, dtype, seed)
     parts = [
-        setup.part(length, first := int(share * (length - 1)), holes if first > holes > 6 else 0)
-        for length, share, holes in sizes
+        setup.part(
+            length,
+            first := int(share * (length - 1)),
+            holes if first > holes > 6 else 0,
+            int(behind * (length - first)),
+        )
+        for length, share, holes, behind in sizes
     ]
     segments, inputs = setup.segments(parts), _packed(setup.inputs(parts))
     found, expected = setup.kernel(segments)(0, *inputs), setup.reference(segments)(0, *inputs)
@@ -117,9 +132,15 @@ def test_kernel_equals_the_reference_over_any_mix_of_steps(
 
 def test_response_steps_run_on_the_kernel_and_the_rest_on_torch() -> None:
     setup = Setup(SHAPES[0], torch.float32, 0)
-    parts = [setup.part(70, 0), setup.part(100, 90), setup.part(64, 40, holes=5), setup.part(33, 32)]
+    parts = [
+        setup.part(70, 0),
+        setup.part(100, 90),
+        setup.part(64, 40, holes=5),
+        setup.part(33, 32),
+        setup.part(90, 50, behind=17),
+    ]
     attention = setup.kernel(setup.segments(parts))
-    assert [taken.segment.end - taken.segment.start for taken in attention._in_place] == [10, 1]
+    assert [taken.segment.end - taken.segment.start for taken in attention._in_place] == [10, 1, 23]
 
 
 def test_keys_behind_those_that_are_read_stay() -> None:
@@ -143,9 +164,7 @@ def test_a_segments_output_does_not_depend_on_its_neighbours(shape: tuple[int, i
         parts = [setup.part(300, 268), setup.part(77, 0), setup.part(280, 267), setup.part(40, 7), setup.part(310, 246)]
         inputs = setup.inputs(parts)
         together = setup.kernel(setup.segments(parts))(0, *_packed(inputs))
-        for part, own, found in zip(
-            parts, inputs, together.split([part.length - part.first for part in parts]), strict=True
-        ):
+        for part, own, found in zip(parts, inputs, together.split([part.rows for part in parts]), strict=True):
             assert torch.equal(setup.kernel(setup.segments([part]))(0, *own), found)
     finally:
         torch.set_num_threads(1)

@@ -115,13 +115,14 @@ MODES: list[tuple[dict[str, Any], PruningParams]] = [
     ({"cache": "prefix_lm"}, PruningParams(keep_ratio=0.3)),
     ({"cache": "none"}, PruningParams(preset="none")),
     ({"cache": "prefix"}, PruningParams(preset="none")),
+    ({"cache": "dual"}, PruningParams(keep_ratio=0.3)),
 ]
 
 
 def small_model_requests() -> list[Request]:
     """Questions from the model's own tasks, with every cache, pruned and not."""
     tokenizer = LocalEngine(SMALL_MODEL, dtype="float32", device="cpu", num_blocks=64).tokenizer
-    tasks = read_tasks(SMALL_MODEL / "tasks" / "tasks.jsonl").tasks[:24:2]
+    tasks = read_tasks(SMALL_MODEL / "tasks" / "tasks.jsonl").tasks[:28:2]
     requests = []
     for index, task in enumerate(tasks):
         mode, pruning = MODES[index % len(MODES)]
@@ -206,12 +207,11 @@ def test_torch_can_be_asked_for(llm_factory: LlmFactory, requests: list[Request]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_served_from_the_kernel(dtype: str, requests: list[Request]) -> None:
-    llm = in_process_llm(str(SMALL_MODEL), dtype=dtype)
+def test_half_precision_is_served_from_the_kernel(dtype: str, llm_factory: LlmFactory, requests: list[Request]) -> None:
+    llm = llm_factory(str(SMALL_MODEL), dtype=dtype)
     assert isinstance(runner_of(llm)._engine.cache, PackedKVCache)
     together = answers_of(llm, requests[:2])
     assert all(len(answer) == 24 for answer in together)
-    llm.llm_engine.engine_core.shutdown()
 
 
 def test_where_the_kernel_cannot_serve_torch_does(llm: LLM) -> None:
@@ -235,11 +235,12 @@ def test_attention_that_cannot_be_had_is_refused_at_the_start(asked: object, mes
         in_process_llm(str(checkpoint_dir("tiny-llada-v")), additional_config={"redvtp": {"attention": asked}})
 
 
-def test_other_block_sizes_are_torchs(requests: list[Request], expected: list[list[int]]) -> None:
-    llm = in_process_llm(str(SMALL_MODEL), block_size=16)
+def test_other_block_sizes_are_torchs(
+    llm_factory: LlmFactory, requests: list[Request], expected: list[list[int]]
+) -> None:
+    llm = llm_factory(str(SMALL_MODEL), block_size=16)
     assert isinstance(runner_of(llm)._engine.cache, PagedKVCache)
     assert answers_of(llm, requests[:3]) == expected[:3]
-    llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ CASE = Case("tiny-llada-v", "wide")
 NEIGHBOURS: list[dict[str, Any]] = [
     {"cache": cache, "temperature": temperature, "seed": seed, "keep_ratio": 0.3 + 0.1 * seed}
     for seed, (cache, temperature) in enumerate(
-        (cache, temperature) for cache in ("none", "prefix", "prefix_lm", "prefix") for temperature in (0.0, 0.9)
+        (cache, temperature) for cache in ("none", "prefix", "prefix_lm", "dual") for temperature in (0.0, 0.9)
     )
 ]
 

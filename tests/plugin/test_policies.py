@@ -22,11 +22,12 @@ IMPORTANCE = [(37 * index) % VISUAL for index in range(VISUAL)]
 ASKED: list[dict[str, Any]] = [
     {"pruning": "redvtp"},
     {"pruning": "redvtp", "score_rows": "prompt", "score_layers": "1:3"},
-    {"pruning": "late", "cache": "prefix"},
+    {"pruning": "late", "cache": "dual"},
     {"pruning": "progressive", "cache": "prefix_lm"},
     {"pruning": "zipvl", "attention_mass": 0.5, "min_keep_ratio": 0.1},
     {"pruning": "attention-free", "cache": "prefix"},
     {"pruning": "external", "importance": IMPORTANCE},
+    {"pruning": "redvtp", "cache": "dual"},
     {"pruning": "random", "prune_step": 2, "prune_steps": 2},
     {"pruning": "uniform", "prune_scope": "image"},
     {"pruning": "none"},

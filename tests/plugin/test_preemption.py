@@ -18,6 +18,7 @@ CASE = Case("tiny-llada-v", "wide")
 MODES: dict[str, dict[str, Any]] = {
     "none": {},
     "prefix": {"cache": "prefix"},
+    "dual": {"cache": "dual"},
     "prefix_lm": {"cache": "prefix_lm"},
 }
 

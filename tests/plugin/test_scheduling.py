@@ -96,7 +96,12 @@ def tight(llm_factory: Callable[..., LLM]) -> Iterator[LLM]:
 
 
 def test_steps_stay_within_the_budget_and_tokens_are_those_of_a_request_alone(tight: LLM) -> None:
-    modes = [{"cache": "none"}, {"cache": "prefix", "block_length": 8}, {"cache": "prefix_lm"}]
+    modes = [
+        {"cache": "none"},
+        {"cache": "prefix", "block_length": 8},
+        {"cache": "dual", "block_length": 8},
+        {"cache": "prefix_lm"},
+    ]
     requests = {f"r{n}": (prompt_of(SQUARE), _sampling(**modes[n % 3], steps=16 + n)) for n in range(9)}
     alone = {}
     for name, request in requests.items():

@@ -82,6 +82,10 @@ class Canvas:
         return self._bounds[self.block][0]
 
     @property
+    def block_end(self) -> int:
+        return self._bounds[self.block][1]
+
+    @property
     def step_in_block(self) -> int:
         """Steps done within the active canvas block."""
         return self._step_in_block
@@ -105,7 +109,7 @@ class Canvas:
 
         Positions of earlier blocks are among them when the model proposed the mask id there.
         """
-        end = self._bounds[self.block][1]
+        end = self.block_end
         if self._stop_at is not None:
             end = min(end, self._stop_at)
         rows = self.masked()[:end].nonzero()[:, 0]

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 matplotlib.use("Agg")
 
 _COLORS = {"none": "black", "redvtp": "tab:red", "random": "tab:gray", "uniform": "tab:blue"}
-_LINES = {"none": "-", "prefix": "--"}
-_MARKS = {"none": "o", "prefix": "s"}
+_LINES = {"none": "-", "prefix": "--", "dual": ":"}
+_MARKS = {"none": "o", "prefix": "s", "dual": "^"}
 
 
 def draw(folder: Path, cells: Sequence[dict[str, Any]]) -> list[Path]:

@@ -4,6 +4,9 @@ A response step reads keys and values that an earlier forward computed: from the
 of visual tokens that may have been pruned since, or inside it. `PageOrigin` remembers what went into that forward
 (embeddings, ids and positions, a small part of what the pages take); `RewritingAttention` runs it again and puts the
 survivors where they were, turned as they were. The dropped tokens need no pages for it.
+
+The canvas may have been computed once more since then, by a response step on those pages. `CanvasOrigin` remembers that
+one, and it is simply taken again: every pruning makes the canvas be computed anew, so there is none in between.
 """
 
 from __future__ import annotations
@@ -74,6 +77,25 @@ class PageOrigin:
         if self.cut is None or not self.cut.in_place or layer <= self.cut.layer:
             return slots
         return slots[self.cut.rows[self.cut.rows < slots.numel()]]
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasOrigin:
+    """A response step over the whole canvas, which later ones read.
+
+    first: the row it began with. prompt_embeds: [rows, hidden], those in front of the canvas that it computed too.
+    canvas_ids: [tokens] int64, canvas and suffix as it saw them. positions: [rows + tokens] int64.
+    """
+
+    first: int
+    prompt_embeds: Tensor
+    canvas_ids: Tensor
+    positions: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Rows that must be computed to write these pages again."""
+        return self.positions.numel()
 
 
 class RewritingAttention:
