@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from redvtp.local import Generation
 from redvtp.models.config import DvlmConfig
-from redvtp.sequence import StepReport
+from redvtp.reports import StepReport
 
 # Policies that choose without looking at attention.
 UNSCORED = frozenset({"none", "random", "uniform", "attention-free", "external"})

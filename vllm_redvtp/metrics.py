@@ -20,7 +20,7 @@ from redvtp.models.families import FAMILIES
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from redvtp.sequence import StepReport
+    from redvtp.reports import StepReport
     from vllm_redvtp.output import DenoisingOutput
     from vllm_redvtp.request_state import DenoisingState
 

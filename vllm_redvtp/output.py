@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.v1.outputs import ModelRunnerOutput
 
-from redvtp.sequence import StepReport
+from redvtp.reports import StepReport
 
 
 @dataclass

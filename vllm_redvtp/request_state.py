@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
-from redvtp.sequence import StepReport
+from redvtp.reports import StepReport
 from vllm_redvtp.output import report_dict
 from vllm_redvtp.planning import RequestPlan
 

@@ -25,8 +25,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from redvtp.kv.cache import KVPages
 from redvtp.models.dvlm import Dvlm
+from redvtp.reports import StepReport
 from redvtp.runner import DenoisingRunner
-from redvtp.sequence import Sequence, StepReport
+from redvtp.sequence import Sequence
 from redvtp.vision.encoder import ImageEncoder, ImageInput
 from redvtp.vision.tiling import image_mode
 from vllm_redvtp.attention import attention_over, told_at_start

@@ -25,7 +25,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from redvtp.kv.blocks import blocks_needed
-from redvtp.sequence import StepReport
+from redvtp.reports import StepReport
 from vllm_redvtp.metrics import DenoisingTally
 from vllm_redvtp.output import DenoisingOutput
 from vllm_redvtp.planning import RequestPlanner

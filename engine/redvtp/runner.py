@@ -28,7 +28,8 @@ from redvtp.models.dvlm import Dvlm
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.pruner import Moves, Pruner
 from redvtp.pruning.scores import AttentionScores
-from redvtp.sequence import PruningReport, Sequence, StepPlan, StepReport
+from redvtp.reports import PruningReport, StepReport
+from redvtp.sequence import Sequence, StepPlan
 from redvtp.stages import Passed, Rest, Shorten, run_in_stages
 
 

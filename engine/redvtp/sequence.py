@@ -8,7 +8,7 @@ pruned. `suspend` and `resume` take all blocks away and give others: the sequenc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from redvtp.kv.rewriting import CanvasOrigin, OriginCut, PageOrigin
 from redvtp.params import BLOCK_CACHES, DenoisingParams
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.policy import PROMPT_ROWS, Policy
+from redvtp.reports import PruningReport
 
 # The step of a pruning that comes before the first forward.
 BEFORE_ALL_STEPS = -1
@@ -40,49 +41,6 @@ class StepPlan:
     end: int
     start: int
     tokens_computed: int
-
-
-@dataclass(frozen=True, slots=True)
-class PruningReport:
-    """One pruning. step: after which, or inside which where there is a layer; -1 is before the first. importance: one
-    number for each visual token before it; kept: ascending indices into those."""
-
-    step: int
-    layer: int | None
-    visual_before: int
-    visual_after: int
-    importance: list[float]
-    kept: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one denoising step did to one sequence. Plain numbers, so that it travels between processes.
-
-    new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. answer_length: the
-    canvas tokens before the first stop sequence so far, all of them without one. prompt_length: kept prompt tokens
-    after the step. kv_tokens, kv_blocks: held after the step. tokens_computed: rows through the language model; one
-    that left half way counts for the layers it went through, the sum is rounded up. next_tokens: rows that will enter
-    the next step, it computes no more; resume_tokens: the same if the sequence is suspended before it.
-    """
-
-    request_id: str
-    step: int
-    canvas_block: int
-    kind: str
-    tokens_computed: int
-    kv_tokens: int
-    kv_blocks: int
-    blocks_freed: int
-    new_tokens: list[int]
-    canvas: list[int]
-    answer_length: int
-    prompt_length: int
-    finished: bool
-    finish_reason: str | None
-    next_tokens: int
-    resume_tokens: int
-    pruning: PruningReport | None = field(default=None)
 
 
 class Sequence:

@@ -17,7 +17,8 @@ from redvtp.denoising.canvas import Canvas
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.sequence import Sequence, StepReport
+from redvtp.reports import StepReport
+from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 

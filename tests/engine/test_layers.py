@@ -19,7 +19,8 @@ from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.pruning.budget import tokens_to_keep
-from redvtp.sequence import Sequence, StepReport
+from redvtp.reports import StepReport
+from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 LAYERS = 4

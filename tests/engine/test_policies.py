@@ -18,7 +18,8 @@ from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.pruning.features import DIRECTIONS, feature_importance
 from redvtp.pruning.policy import PROGRESSIVE_STEPS
-from redvtp.sequence import PruningReport, Sequence
+from redvtp.reports import PruningReport
+from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 CHECKPOINT = "tiny-llada-v"

@@ -19,8 +19,9 @@ from redvtp.kv.cache import PagedKVCache
 from redvtp.local import LocalEngine
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.pruning.policy import policy_for
+from redvtp.reports import StepReport
 from redvtp.runner import DenoisingRunner
-from redvtp.sequence import Sequence, StepReport
+from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 LAYERS = 4

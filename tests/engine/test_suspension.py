@@ -15,7 +15,8 @@ import golden_data
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.sequence import Sequence, StepReport
+from redvtp.reports import StepReport
+from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 

@@ -18,7 +18,8 @@ from redvtp.kv.rewriting import Move
 from redvtp.pruning.budget import survivors
 from redvtp.pruning.features import feature_importance
 from redvtp.pruning.scores import AttentionScores, masked_row_importance
-from redvtp.sequence import BEFORE_ALL_STEPS, PruningReport, Sequence
+from redvtp.reports import PruningReport
+from redvtp.sequence import BEFORE_ALL_STEPS, Sequence
 
 # Plans for pages that are to move, each with the layers it concerns.
 Moves = list[tuple[range, CompactionPlan]]
