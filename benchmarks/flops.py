@@ -2,7 +2,8 @@
 
 Only matrix products count (a multiply and an add are two), as in torch's own counter, against which a test checks
 these numbers. The ratio of two requests' counts is the speed-up that pruning or caching could reach if nothing but
-arithmetic took time. What a step computed is what it reported, whatever policy, cache or rule made it so.
+arithmetic took time. What a step computed is what it reported, whatever policy, cache or rule made it so. The choice of
+visual tokens by their features (`attention-free`) is left out: little beside a step of a model of any size.
 """
 
 from __future__ import annotations

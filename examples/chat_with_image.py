@@ -1,11 +1,13 @@
 """Asks a running `vllm serve MODEL --plugin redvtp` about images, through the ordinary openai package.
 
     python examples/chat_with_image.py examples/images/coffee.jpg --prompt "What stands on the table?" --keep-ratio 0.25
+    python examples/chat_with_image.py photo.jpg --pruning progressive --knob prune_steps=3
     python examples/chat_with_image.py photo.jpg --stream
     python examples/chat_with_image.py photo.jpg --heatmap pruned.png
 
 RedVTP's knobs travel in `vllm_xargs`, a field of vLLM's API; its report comes back in `kv_transfer_params`. Any other
-OpenAI client works the same way. --heatmap draws which patches were pruned; for that it needs this package and the
+OpenAI client works the same way. Which knobs there are and what they may be is the server's to say: what it does not
+know it refuses, with what is allowed. --heatmap draws which patches were pruned; for that it needs this package and the
 checkpoint's config.json, so it runs where the model folder is.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import json
 import mimetypes
 import sys
 from pathlib import Path
@@ -56,12 +59,22 @@ def parse_arguments() -> argparse.Namespace:
     answer.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s, greedy")
     answer.add_argument("--seed", type=int)
     answer.add_argument(
-        "--cache", choices=("none", "prefix"), help="keep the prompt's K/V between steps (default: none)"
+        "--cache", metavar="MODE", help="what is kept between steps: none, prefix, prefix_lm (default: none)"
     )
     answer.add_argument("--stream", action="store_true", help="print the answer as it is decided; no report then")
     pruning = parser.add_argument_group("pruning")
-    pruning.add_argument("--pruning", choices=("redvtp", "none"), help="default: what the server was started with")
+    pruning.add_argument(
+        "--pruning", metavar="POLICY", help="redvtp, late, none, ... (default: what the server was started with)"
+    )
     pruning.add_argument("--keep-ratio", type=float, help="share of visual tokens kept (default: the server's, or 0.5)")
+    pruning.add_argument(
+        "--knob",
+        type=knob,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other knob of docs/knobs.md, without redvtp_; may be given several times",
+    )
     pruning.add_argument("--heatmap", type=Path, metavar="FILE.png", help="draw which patches of the image were pruned")
     pruning.add_argument("--model-dir", type=Path, help="the model folder, if it is not where the server says")
     arguments = parser.parse_args()
@@ -70,6 +83,17 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.heatmap and not arguments.image:
         parser.error("--heatmap needs an image")
     return arguments
+
+
+def knob(text: str) -> tuple[str, Any]:
+    """What is JSON (numbers, lists of them) is sent as that, anything else as text."""
+    name, found, value = text.partition("=")
+    if not (name and found):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return f"redvtp_{name}", json.loads(value)
+    except ValueError:
+        return f"redvtp_{name}", value
 
 
 def request(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -84,7 +108,8 @@ def request(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "redvtp_cache": arguments.cache,
         "redvtp_pruning": arguments.pruning,
         "redvtp_keep_ratio": arguments.keep_ratio,
-        "redvtp_report": "full" if arguments.heatmap else None,
+        **dict(arguments.knob),
+        **({"redvtp_report": "full"} if arguments.heatmap else {}),
     }
     return {
         "model": model,

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from golden_data import Case
 from redvtp.local import LocalEngine, Request
-from redvtp.params import DenoisingParams, PruningParams
+from redvtp.params import PRESETS, DenoisingParams, PruningParams
 from redvtp.vision.tiling import tile_image
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -75,6 +75,46 @@ def test_lavida_is_measured_behind_a_prompt_encoded_once(tmp_path: Path) -> None
     assert visual == 4 + 2 * (4 + 1)
     after = prompt - visual + int(visual * 0.25) + 8
     assert rows["prefix_lm", "redvtp 25%"]["kv_blocks_at_end"] == -(-after // 32)
+
+
+def test_long_lavida_answers_compute_what_each_cache_leaves(tmp_path: Path) -> None:
+    """Several canvas blocks, with the caches LaViDa can be run with, policies and a confidence rule in one table."""
+    command = [BENCHMARKS / "decode.py", *TINY, "--family", "lavida", "--workdir", tmp_path, "--repeats", "1"]
+    command += ["--gen-length", "16", "--block-length", "4", "--steps", "16", "--keep", "25", "--thresholds", "1"]
+    command += ["--cache", "none", "prefix", "prefix_lm", "--policies", "redvtp", "zipvl", "attention-free"]
+    done = subprocess.run(
+        [sys.executable, *command, "--json", tmp_path / "results.json"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["cache"], row["threshold"], row["setting"]): row for row in results["rows"]}
+    caches, names = ("none", "prefix", "prefix_lm"), ("dense", "redvtp 25%", "zipvl", "attention-free 25%")
+    assert list(rows) == [(cache, threshold, name) for cache in caches for threshold in (None, 1) for name in names]
+    for (_, threshold, _), row in rows.items():
+        assert row["steps"] == 16 if threshold is None else row["steps"] <= 16
+        # Here the few visual tokens hold less attention than zipvl wants: it scores and drops nothing.
+        assert row["ceiling"] >= 1 or row["policy"] == "zipvl"
+
+    visual, total = results["request"]["visual_tokens"], results["request"]["prompt_tokens"] + 16
+    fewer = total - (visual - int(visual * 0.25))
+    by_blocks = [16 - step // 4 * 4 for step in range(16)]
+    # A canvas block begins with a full step, unless the prompt's pages still know of tokens that are gone.
+    refreshed = [rows_left if step % 4 else total for step, rows_left in enumerate(by_blocks)]
+    expected = {
+        ("none", "dense"): [total] * 16,
+        ("none", "redvtp 25%"): [total] + [fewer] * 15,
+        ("none", "attention-free 25%"): [fewer] * 16,
+        ("prefix", "dense"): refreshed,
+        ("prefix", "redvtp 25%"): [total] + [16] * 15,
+        ("prefix_lm", "dense"): [total] + [16] * 15,
+        ("prefix_lm", "redvtp 25%"): [total] + [16] * 15,
+        ("prefix_lm", "attention-free 25%"): [fewer] + [16] * 15,
+    }
+    assert {(cache, name): rows[cache, None, name]["tokens_computed"] for cache, name in expected} == expected
 
 
 def test_every_policy_gets_a_ceiling_from_the_tokens_it_computed(tmp_path: Path) -> None:
@@ -147,18 +187,34 @@ def test_counted_flops_are_those_torch_sees(
     pruning: PruningParams,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from flops import request_flops
-
-    case = Case(checkpoint, name)
-    engine = LocalEngine(case.model_dir, dtype="float32", device="cpu")
     denoising = DenoisingParams(
         gen_length=24, block_length=8, steps=12, ignore_eos=True, cache=cache, refresh_interval=refresh_interval
     )
+    counted, seen = _flops(Case(checkpoint, name), denoising, pruning, monkeypatch)
+    assert counted == seen
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "prefix_lm"])
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "external"])
+def test_flops_of_every_policy_are_counted(preset: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoising = DenoisingParams(gen_length=24, block_length=8, steps=12, ignore_eos=True, cache=cache)
+    counted, seen = _flops(Case("tiny-lavida", "wide"), denoising, PruningParams(preset, 0.3), monkeypatch)
+    # Rows that leave half way are reported rounded up, and choosing by features is not counted.
+    assert counted == pytest.approx(seen, rel=0.01 if preset == "attention-free" else 0.005)
+
+
+def _flops(
+    case: Case, denoising: DenoisingParams, pruning: PruningParams, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int]:
+    """A request's, counted from its reports and seen by torch."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from flops import request_flops
+
+    engine = LocalEngine(case.model_dir, dtype="float32", device="cpu")
     request = Request(case.prompt, tuple(case.images()), denoising, pruning)
     # torch's counter does not know the CPU's fused attention; the plain one is made of products it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         (generation,) = engine.generate([request])
-    assert len(generation.steps) == 12
+    assert len(generation.steps) == denoising.steps
     tiles = sum(tile_image(image, engine.config, "anyres").shape[0] for image in request.images)
-    assert request_flops(engine.config, generation, engine.special.mask_id, tiles) == counter.get_total_flops()
+    return request_flops(engine.config, generation, engine.special.mask_id, tiles), counter.get_total_flops()

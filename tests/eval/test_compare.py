@@ -11,9 +11,8 @@ from PIL import Image, ImageChops
 
 from eval.task_files import FLAGS, MODEL, in_process
 from golden_data import Case
-from redvtp.evaluation.compare import agreement, compared_cells
+from redvtp.evaluation.compare import agreement
 from redvtp.evaluation.flags import COMPARED
-from redvtp.evaluation.grid import Cell
 from redvtp.evaluation.sheet import WIDTH, Panel, sheet
 from redvtp.params import PRESETS
 
@@ -96,15 +95,10 @@ def test_table_says_it_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert uniform.startswith("| uniform |  50% |")
 
 
-def test_policies_with_a_budget_of_their_own_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("redvtp.evaluation.compare.OWN_BUDGET", frozenset({"uniform"}))
-    found = compared_cells(["uniform", "redvtp"], [0.5, 0.25], ["none"])
-    assert found == [
-        Cell("none", 1.0, "none"),
-        Cell("uniform", 0.5, "none"),
-        Cell("redvtp", 0.5, "none"),
-        Cell("redvtp", 0.25, "none"),
-    ]
+def test_policies_with_a_budget_of_their_own_are_asked_once(cells: list[dict[str, Any]]) -> None:
+    for policy in ("zipvl", "layer-skip"):
+        found = [(cell["keep_ratio"], cell["cache"]) for cell in cells if cell["policy"] == policy]
+        assert found == [(None, "none"), (None, "prefix")]
 
 
 @pytest.mark.parametrize(("answer", "share"), [([1, 2, 3], 1), ([1, 9, 3], 2 / 3), ([1], 1 / 3), ([1, 2, 3, 4], 0.75)])

@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from eval.task_files import CHECKPOINT, FLAGS, MODEL, answer, in_process, key, rows, run, tasks, write
+from golden_data import Case
+from redvtp.evaluation.backends import request_of
+from redvtp.evaluation.grid import Cell, Settings, questions
+from redvtp.evaluation.tasks import read_tasks
 from redvtp.local import LocalEngine
-from redvtp.params import PruningParams
+from redvtp.params import DenoisingParams, PruningParams
 
 EngineFactory = Callable[..., LocalEngine]
 GRID = ("--policies", "redvtp,random,uniform", "--keep", "1.0,0.5,0.25", "--cache", "none,prefix")
@@ -292,3 +296,15 @@ def test_a_server_that_is_not_there_is_one_line(
     status, _, err = in_process(capsys, "eval", "http://127.0.0.1:9", file, "--output", tmp_path / "out")
     assert status == 2
     assert "the server at http://127.0.0.1:9/v1 cannot be asked" in err
+
+
+def test_questions_are_written_down_as_the_family_does(engine: EngineFactory, tmp_path: Path) -> None:
+    """A server does so by its chat template; answers of both could not be compared otherwise."""
+    image = Case("tiny-lavida-dream", "square").image_files[0]
+    file = write(tmp_path / "questions.jsonl", [{"image": str(image), "question": "Which?", "answer": "7"}])
+    (question,) = questions(
+        read_tasks(file).tasks, Cell("none", 1.0, "none"), Settings(DenoisingParams(gen_length=8), gen_length=8)
+    )
+    dream = request_of(question, engine("tiny-lavida-dream"))
+    assert dream.prompt.endswith("<|im_start|>user\n<image>\nWhich?<|im_end|>\n<|im_start|>assistant\n")
+    assert "<|im_start|>" not in request_of(question, engine(CHECKPOINT)).prompt

@@ -80,7 +80,7 @@ def request_of(question: Question, engine: LocalEngine) -> Request:
     from redvtp.vision.images import open_image
 
     images = tuple(open_image(path) for path in question.task.images)
-    prompt = chat_prompt(engine.tokenizer, question.task.question, len(images))
+    prompt = chat_prompt(engine.tokenizer, question.task.question, len(images), template=engine.config.family.template)
     request = Request(prompt, images, question.denoising, question.pruning)
     engine.tokenize(request)
     return request

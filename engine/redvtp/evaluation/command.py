@@ -200,7 +200,7 @@ def _ask(plan: Plan, results: Results, start: Callable[[], Backend]) -> None:
         backend.answer(waiting[:1], lambda question, answer: None)
         for span, round_ in enumerate(_unanswered(plan, results), results.next_span):
             cell = round_[0].cell
-            bar.set_description(f"{cell.policy} {cell.keep_ratio:g} cache={cell.cache}")
+            bar.set_description(str(cell))
             watch = Stopwatch()
 
             def take(question: Question, answer: Answer, span: int = span, watch: Stopwatch = watch) -> None:

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from redvtp.cli import refusing
 from redvtp.evaluation.command import INTERRUPTED, check_checkpoint, say, start_engine
 from redvtp.evaluation.flags import listed, ratios
-from redvtp.evaluation.grid import OWN_BUDGET, Cell, cells
+from redvtp.evaluation.grid import Cell, cells
 from redvtp.evaluation.sheet import Panel, sheet
-from redvtp.evaluation.table import aligned
+from redvtp.evaluation.table import aligned, shown_ratio
 from redvtp.flags import BadInput, check_file, check_picture, denoising_of, positive
 from redvtp.heatmap import draw_saved, side_by_side
 from redvtp.local import Generation, LocalEngine, Request
@@ -66,7 +66,7 @@ class Result:
 
     @property
     def keep(self) -> str:
-        return "own" if self.keep_ratio is None else f"{self.keep_ratio * 100:g}%"
+        return shown_ratio(self.keep_ratio)
 
 
 def compare(options: argparse.Namespace) -> int:
@@ -81,7 +81,7 @@ def compare(options: argparse.Namespace) -> int:
             prompt,
             images,
             replace(denoising, cache=cell.cache),
-            PruningParams(cell.policy, cell.keep_ratio, options.positions),
+            cell.pruning(options.positions),
         )
         for cell in compared
     }
@@ -107,7 +107,7 @@ def _checked(options: argparse.Namespace) -> tuple[list[Cell], DenoisingParams, 
     if "external" in policies:
         raise BadInput("policy external needs scores that come with a request, and there are none here; leave it out")
     with refusing():
-        compared = compared_cells(policies, ratios(options.keep), listed("cache", options.cache))
+        compared = cells(policies, ratios(options.keep), listed("cache", options.cache))
         PruningParams(positions=options.positions)
         # `random` is to drop the same places in every repeat, and Gumbel noise to fall alike in every cell.
         denoising = replace(denoising_of(options, cache="none"), seed=options.seed or 0)
@@ -117,17 +117,6 @@ def _checked(options: argparse.Namespace) -> tuple[list[Cell], DenoisingParams, 
         if options.json:
             check_file("json", options.json)
         return compared, denoising, tuple(open_image(path) for path in options.image)
-
-
-def compared_cells(policies: Sequence[str], keep_ratios: Sequence[float], caches: Sequence[str]) -> list[Cell]:
-    """Those of an evaluation, but for policies with a budget of their own, which are there once in each cache mode."""
-    pruned = [ratio for ratio in keep_ratios if ratio < 1] or [PruningParams().keep_ratio]
-    found: dict[Cell, None] = {}
-    for cache in caches:
-        found |= dict.fromkeys(cells([], keep_ratios, [cache]))
-        for policy in policies:
-            found |= dict.fromkeys(cells([policy], pruned[:1] if policy in OWN_BUDGET else keep_ratios, [cache]))
-    return list(found)
 
 
 def _ask(engine: LocalEngine, requests: dict[Cell, Request], repeats: int) -> dict[Cell, list[Generation]]:
@@ -141,7 +130,7 @@ def _ask(engine: LocalEngine, requests: dict[Cell, Request], repeats: int) -> di
             # Whatever drifts on the machine meets every cell, and each in another place of the round.
             shift = repeat % len(order)
             for cell in order[shift:] + order[:shift]:
-                bar.set_description(f"{cell.policy} {cell.keep_ratio:g} cache={cell.cache}")
+                bar.set_description(str(cell))
                 generations[cell] += engine.generate([requests[cell]])
                 bar.update()
     return generations
@@ -158,7 +147,7 @@ def results(generations: dict[Cell, list[Generation]]) -> list[Result]:
         found.append(
             Result(
                 policy=cell.policy,
-                keep_ratio=None if cell.policy in OWN_BUDGET else cell.keep_ratio,
+                keep_ratio=cell.keep_ratio,
                 cache=cell.cache,
                 visual_tokens=generation.visual_tokens,
                 visual_tokens_kept=len(prunings[-1]["kept"]) if prunings else generation.visual_tokens,

@@ -85,7 +85,8 @@ def _comparison_flags(parser: Parser, policies: str, keep_ratios: str) -> None:
     add = parser.add_argument_group("what is compared").add_argument
     names = f"with commas, of {', '.join(PRESETS)} (default %(default)s); none, keeping everything, is always run"
     add("--policies", default=policies, metavar="LIST", help=names)
-    add("--keep", default=keep_ratios, metavar="LIST", help="keep ratios, with commas (default %(default)s)")
+    ratios = "keep ratios, with commas (default %(default)s); zipvl and layer-skip have their own budget and run once"
+    add("--keep", default=keep_ratios, metavar="LIST", help=ratios)
     positions = f"{' or '.join(POSITIONS)}: renumber what survives, or not (default %(default)s)"
     add("--positions", default="compact", metavar="NAME", help=positions)
 

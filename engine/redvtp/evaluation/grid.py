@@ -2,6 +2,7 @@
 
 Dense (`none`, keeping everything) is always among the cells of a cache mode, since all others are compared with it. A
 policy that keeps everything is dense token for token (a test of the engine says so), so ratio 1 is run once, as dense.
+A policy with a budget of its own is run once too, whatever the ratios are.
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ OWN_BUDGET = frozenset({"zipvl", "layer-skip"})
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """policy: a preset of PruningParams. keep_ratio: 1.0 where the policy is `none`."""
+    """policy: a preset of PruningParams. keep_ratio: 1.0 where the policy is `none`, None where it has a budget of its
+    own."""
 
     policy: str
-    keep_ratio: float
+    keep_ratio: float | None
     cache: str
+
+    def __str__(self) -> str:
+        ratio = "" if self.keep_ratio is None else f" {self.keep_ratio:g}"
+        return f"{self.policy}{ratio} cache={self.cache}"
 
     @property
     def dense(self) -> bool:
@@ -35,6 +41,12 @@ class Cell:
         if self.dense and self.cache == "none":
             return None
         return Cell("none", 1.0, "none" if self.dense else self.cache)
+
+    def pruning(self, positions: str) -> PruningParams:
+        """What a request of this cell asks for."""
+        if self.keep_ratio is None:
+            return PruningParams(self.policy, positions=positions)
+        return PruningParams(self.policy, self.keep_ratio, positions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +88,10 @@ def cells(policies: Sequence[str], keep_ratios: Sequence[float], caches: Sequenc
         DenoisingParams(cache=cache)
         found[Cell("none", 1.0, cache)] = None
         for policy in policies:
-            for ratio in keep_ratios:
-                if policy != "none" and ratio < 1:
-                    found[Cell(policy, float(ratio), cache)] = None
+            if policy in OWN_BUDGET:
+                found[Cell(policy, None, cache)] = None
+            elif policy != "none":
+                found |= dict.fromkeys(Cell(policy, float(ratio), cache) for ratio in keep_ratios if ratio < 1)
     return list(found)
 
 
@@ -100,4 +113,4 @@ def _question(task: Task, cell: Cell, settings: Settings) -> Question:
         )
     except ValueError as error:
         raise ValueError(f"line {task.line} of the task file cannot be asked with these flags: {error}") from error
-    return Question(task, cell, denoising, PruningParams(cell.policy, cell.keep_ratio, settings.positions))
+    return Question(task, cell, denoising, cell.pruning(settings.positions))

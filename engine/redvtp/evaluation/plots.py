@@ -70,7 +70,7 @@ def _keep_ratio_panel(axis: Axes, cells: Panel) -> None:
     for number, (policy, cache, points) in enumerate(_curves(cells)):
         # Side by side, or intervals of policies that score alike hide each other.
         axis.errorbar(
-            [cell["keep_ratio"] * 100 + 0.5 * number * (policy != "none") for cell, _ in points],
+            [_kept(cell, part) * 100 + 0.5 * number * (policy != "none") for cell, part in points],
             *_accuracies([part for _, part in points]),
             **_style(policy, cache),
             label=_label(policy, cache, cells),
@@ -85,22 +85,33 @@ def _latency_panel(axis: Axes, cells: Panel) -> None:
         shares, spread = _accuracies([part for _, part in timed])
         axis.errorbar(medians, shares, spread, **_style(policy, cache), label=_label(policy, cache, cells))
         for (cell, _), median, share in zip(timed, medians, shares, strict=True):
-            kept = f"{cell['keep_ratio'] * 100:g} %"
-            axis.annotate(kept, (median, share), textcoords="offset points", xytext=(5, 4), fontsize="x-small")
+            kept = cell["keep_ratio"]
+            text = "own" if kept is None else f"{kept * 100:g} %"
+            axis.annotate(text, (median, share), textcoords="offset points", xytext=(5, 4), fontsize="x-small")
     axis.set(xlabel="latency of an answer, median s", ylim=(-3, 103))
     axis.set_xlim(left=0)
 
 
 def _curves(cells: Panel) -> Iterator[tuple[str, str, Panel]]:
-    """(policy, cache, points by keep ratio); a policy's curve ends in dense. What matters most comes last, on top."""
+    """(policy, cache, points by keep ratio); a policy's curve ends in dense, and one with a budget of its own has a
+    single point. What matters most comes last, on top."""
     for cache in dict.fromkeys(cell["cache"] for cell, _ in cells):
         here = [(cell, part) for cell, part in cells if cell["cache"] == cache]
         dense = [(cell, part) for cell, part in here if cell["policy"] == "none"]
         policies = dict.fromkeys(cell["policy"] for cell, _ in here if cell["policy"] != "none")
         for policy in reversed(policies):
             points = [(cell, part) for cell, part in here if cell["policy"] == policy]
-            yield policy, cache, sorted([*points, *dense], key=lambda point: float(point[0]["keep_ratio"]))
+            own = any(cell["keep_ratio"] is None for cell, _ in points)
+            yield policy, cache, points if own else sorted([*points, *dense], key=lambda point: _kept(*point))
         yield "none", cache, dense
+
+
+def _kept(cell: dict[str, Any], part: dict[str, Any]) -> float:
+    """Share of the visual tokens: what was asked for, or what the policy made of them by itself."""
+    ratio = cell["keep_ratio"]
+    if ratio is None:
+        return float(part["visual_tokens_kept"] / part["visual_tokens"]) if part["visual_tokens"] else 1.0
+    return float(ratio)
 
 
 def _style(policy: str, cache: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from redvtp.evaluation.backends import Answer
-from redvtp.evaluation.grid import Cell, Question
+from redvtp.evaluation.grid import OWN_BUDGET, Cell, Question
 from redvtp.evaluation.scoring import is_right
 from redvtp.flags import BadInput, check_folder
 
@@ -124,4 +124,6 @@ class Results:
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
-    return Cell(row["policy"], row["keep_ratio"], row["cache"])
+    # Such a policy used to be asked once for each ratio: answers of then are those of now.
+    keep_ratio = None if row["policy"] in OWN_BUDGET else row["keep_ratio"]
+    return Cell(row["policy"], keep_ratio, row["cache"])

@@ -75,13 +75,20 @@ def _accuracy(cell: dict[str, Any], part: dict[str, Any]) -> list[str]:
     name = "dense" if cell["policy"] == "none" else cell["policy"]
     return [
         name,
-        f"{cell['keep_ratio']:.0%}" if round(cell["keep_ratio"] * 100, 6) % 1 == 0 else f"{cell['keep_ratio']:.1%}",
+        shown_ratio(cell["keep_ratio"]),
         cell["cache"],
         str(match["total"]),
         f"{match['share'] * 100:.1f} [{match['low'] * 100:.1f}, {match['high'] * 100:.1f}]",
         "" if versus is None else _points(versus),
         "" if versus is None else _p_value(versus["p_value"]),
     ]
+
+
+def shown_ratio(keep_ratio: float | None) -> str:
+    """In percent; `own` stands for a policy with a budget of its own."""
+    if keep_ratio is None:
+        return "own"
+    return f"{keep_ratio:.0%}" if round(keep_ratio * 100, 6) % 1 == 0 else f"{keep_ratio:.1%}"
 
 
 def _points(versus: dict[str, Any]) -> str:
