@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     answer.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s, greedy")
     answer.add_argument("--seed", type=int)
     answer.add_argument(
-        "--cache", metavar="MODE", help="what is kept between steps: none, prefix, prefix_lm (default: none)"
+        "--cache", metavar="MODE", help="what is kept between steps: none, prefix, dual, prefix_lm (default: none)"
     )
     answer.add_argument("--stream", action="store_true", help="print the answer as it is decided; no report then")
     pruning = parser.add_argument_group("pruning")

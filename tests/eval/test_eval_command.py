@@ -247,7 +247,7 @@ def test_a_question_the_model_cannot_be_asked_counts_as_wrong_and_is_said(
         (["--policies", ","], "--policies must name at least one"),
         (["--keep", "0.5,1.5"], "keep_ratio must be a number in (0, 1], got 1.5"),
         (["--keep", "half"], "--keep must be numbers in (0, 1] with commas, got 'half'"),
-        (["--cache", "none,some"], "cache must be one of none, prefix, prefix_lm, got 'some'"),
+        (["--cache", "none,some"], "cache must be one of none, prefix, dual, prefix_lm, got 'some'"),
         (["--limit", "0"], "--limit must be an integer >= 1, got 0"),
         (["--concurrency", "x"], "--concurrency must be an integer >= 1, got 'x'"),
         (["--suffix", " end"], "--suffix would be a part of every answer"),

@@ -117,9 +117,9 @@ def _kept(cell: dict[str, Any], part: dict[str, Any]) -> float:
 def _style(policy: str, cache: str) -> dict[str, Any]:
     return {
         "color": _COLORS.get(policy),
-        "linestyle": _LINES.get(cache, ":"),
+        "linestyle": _LINES.get(cache, "-."),
         "linewidth": 1.2,
-        "marker": _MARKS.get(cache, "^"),
+        "marker": _MARKS.get(cache, "v"),
         "capsize": 3,
     }
 
