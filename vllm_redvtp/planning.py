@@ -75,7 +75,7 @@ class RequestPlanner:
         self._max_model_len: int = vllm_config.model_config.max_model_len
         # A default that fits no request is found here, when the server starts.
         usual = build_params(SamplingParams(temperature=0.0), default_gen_length(self._defaults), self._defaults)
-        policy_of(usual.pruning, self._num_layers, usual.denoising.resolved_steps)
+        policy_of(usual.pruning, self._num_layers, usual.denoising)
 
     def plan(
         self,

@@ -62,7 +62,7 @@ def profile_largest_step(
                 torch.zeros(prompt, config.hidden_size, dtype=model.dtype, device=model.device),
                 ((0, min(prompt, visual.shape[0])),),
                 denoising,
-                policy_of(PruningParams(), config.num_hidden_layers, denoising.resolved_steps),
+                policy_of(PruningParams(), config.num_hidden_layers, denoising),
                 special,
                 block_table=list(range(first_block, first_block + blocks)),
             )

@@ -230,8 +230,9 @@ class PruningParams:
 
     preset: `redvtp` prunes once, after the first denoising step, by attention (arXiv 2511.12428, section 3);
     `llada-fastv` (arXiv 2601.20168) and `fastv` (arXiv 2403.06764) inside that step, half way down or behind the second
-    layer; `late` after half of the steps, `progressive` in several prunings, `zipvl` (arXiv 2410.08584) as much as the
-    attention allows; `layer-skip` (arXiv 2511.15098) drops nothing but spares the deeper layers the visual tokens;
+    layer; `late` after half of the steps, or where confidence decides with half of the canvas decided, `progressive` in
+    several prunings, `zipvl` (arXiv 2410.08584) as much as the attention allows; `layer-skip` (arXiv 2511.15098) drops
+    nothing but spares the deeper layers the visual tokens;
     `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's own
     `importance`; `random` and `uniform` (evenly spaced) prune after the first step without looking, to compare with;
     `none` keeps every visual token.

@@ -258,6 +258,7 @@ class DenoisingRunner:
             with self.clock.measure("compaction"):
                 compact_each(self.cache, moves, self.model.language_model.rotary)
         for sequence in batch:
+            sequence.note_decided()
             sequence.forget_origins()
         return prunings
 

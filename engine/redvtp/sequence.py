@@ -91,6 +91,8 @@ class Sequence:
         self.pages_lost = False
         # Whether the pages of the canvas are not to be read, because visual tokens went since they were written.
         self._canvas_stale = False
+        # The step from which those of the policy's shares are counted; None as long as it is not known.
+        self._shares_from = 0 if policy is None or policy.decided is None else None
         # Whether visual tokens went after a forward had seen them.
         self._dropped = False
         self._end_tokens = () if denoising.ignore_eos else special.end_ids
@@ -228,9 +230,16 @@ class Sequence:
 
     def share_next(self) -> float | None:
         """The share of the visual tokens that is left after the next step; None where none are dropped then."""
-        if self.policy is None or self.num_visual == 0:
+        if self.policy is None or self.num_visual == 0 or self._shares_from is None:
             return None
-        return self.policy.shares.get(self.steps_done)
+        return self.policy.shares.get(self.steps_done - self._shares_from)
+
+    def note_decided(self) -> None:
+        """To be called after each commit, for policies that wait until enough is decided."""
+        if self._shares_from is None and self.policy is not None and self.policy.decided is not None:
+            decided = self.gen_length - int(self.canvas.masked().sum())
+            if decided >= self.policy.decided * self.gen_length:
+                self._shares_from = self.steps_done
 
     def scores_next(self) -> bool:
         """Whether the next step measures attention to the visual tokens; the controls prune without looking."""

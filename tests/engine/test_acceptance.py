@@ -253,6 +253,30 @@ def test_refreshing_at_every_step_is_no_cache(engine: EngineFactory, rule: str) 
     assert [step.canvas for step in first.steps] == [step.canvas for step in second.steps]
 
 
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "prefix_lm"])
+def test_late_waits_for_half_of_the_canvas(engine: EngineFactory, cache: str) -> None:
+    """Nobody knows beforehand after how many steps that is."""
+    local = engine("tiny-llada-v")
+    # Some three tokens at a step, however unsure the model is.
+    denoising = DenoisingParams(gen_length=24, block_length=8, cache=cache, threshold=4)
+    late = PruningParams(preset="late", keep_ratio=0.3)
+    (generation,) = local.generate([_request(local, denoising, late)])
+    mask = local.special.mask_id
+    decided = [sum(token != mask for token in step.canvas) for step in generation.steps]
+    (pruned,) = [step.step for step in generation.steps if step.pruning is not None]
+    assert 1 < pruned < len(decided) - 1 < 12
+    assert decided[pruned - 1] >= 12 > decided[pruned - 2]
+    # Two in a row, and the request's own step.
+    twice, own = local.generate(
+        [
+            _request(local, denoising, replace(late, prune_steps=2)),
+            _request(local, denoising, replace(late, prune_step=1)),
+        ]
+    )
+    assert [step.step for step in twice.steps if step.pruning is not None] == [pruned, pruned + 1]
+    assert [step.step for step in own.steps if step.pruning is not None] == [1]
+
+
 def test_steps_and_schedule_have_no_part_in_it(engine: EngineFactory) -> None:
     local = engine("tiny-llada-v")
     plain = _asking("prefix", "threshold")

@@ -94,7 +94,8 @@ def test_bad_pruning_knobs_are_named(knobs: dict[str, Any], message: str) -> Non
 
 def test_a_preset_adapts_to_few_steps_and_a_request_does_not() -> None:
     def shares(steps: int, **knobs: Any) -> dict[int, float]:
-        policy = policy_of(PruningParams(**{"keep_ratio": 0.25, **knobs}), 4, steps)
+        denoising = DenoisingParams(gen_length=steps, steps=steps, block_length=steps)
+        policy = policy_of(PruningParams(**{"keep_ratio": 0.25, **knobs}), 4, denoising)
         assert policy is not None
         return policy.shares
 

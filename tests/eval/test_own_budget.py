@@ -51,7 +51,7 @@ def test_they_are_the_presets_that_a_ratio_says_nothing_to() -> None:
 
 
 def _without_ratio(preset: str, keep_ratio: float) -> object:
-    policy = policy_of(PruningParams(preset, keep_ratio), num_layers=8, steps=DenoisingParams().resolved_steps)
+    policy = policy_of(PruningParams(preset, keep_ratio), num_layers=8, denoising=DenoisingParams())
     assert policy is not None
     # Where a mass decides, the shares are not looked at.
     return policy.layer, policy.before, policy.mass, policy.shares if policy.mass is None else set(policy.shares)

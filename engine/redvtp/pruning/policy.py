@@ -7,7 +7,7 @@ Presets are rows of `_PRESETS`, not classes; every knob of a row can be set by i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.pruning.budget import total_to_keep
@@ -30,6 +30,8 @@ class Policy:
     before: share of the visual tokens that the first forward already runs on; None where all are in it.
     shares: {denoising step: share of the request's visual tokens that stays after it}, ascending steps; empty where
     nothing is dropped after or inside a step.
+    decided: where nobody knows how many steps there will be, these are counted from the first one that begins with this
+    share of the canvas decided; None counts them from the first of all.
     layer: tokens are dropped inside those steps, behind this layer; None is after them.
     withdraw: behind `layer` visual tokens take no part in any step; their pages stay, for the layers in front of it.
     mass: instead of the shares, the smallest set that holds so much of the importance, within min_share and max_share.
@@ -49,6 +51,7 @@ class Policy:
     scope: str
     positions: str
     importance: tuple[float, ...] = ()
+    decided: float | None = None
 
     def visual_at_first(self, images: Sequence[int]) -> int:
         """Visual tokens that the first forward runs on. images: those of each image of the request."""
@@ -100,7 +103,7 @@ def policy_for(
     prompt_tokens: all of the prompt's, visual ones included. images: visual tokens of each image.
     Raises ValueError as `policy_of`, and where the policy does not go with this prompt or this cache mode.
     """
-    policy = policy_of(params, num_layers, denoising.resolved_steps)
+    policy = policy_of(params, num_layers, denoising)
     visual = sum(images)
     if params.importance and params.preset != "external":
         raise ValueError(f"importance has no meaning with pruning {params.preset}; leave it out or take external")
@@ -121,8 +124,8 @@ def policy_for(
     return policy
 
 
-def policy_of(params: PruningParams, num_layers: int, steps: int) -> Policy | None:
-    """The policy of a request on a model of num_layers layers with so many denoising steps; None for `none`.
+def policy_of(params: PruningParams, num_layers: int, denoising: DenoisingParams) -> Policy | None:
+    """The policy of a request on a model of num_layers layers, decided like this; None for `none`.
 
     Raises ValueError, naming knob and value, where the request asks for layers or steps that there are not, or for
     what its preset cannot do.
@@ -139,12 +142,15 @@ def policy_of(params: PruningParams, num_layers: int, steps: int) -> Policy | No
     if layer is not None and rows == "committed":
         raise ValueError("score_rows committed is known only after a step; leave prune_layer out or take other rows")
     withheld = preset.before or preset.withdraw
+    decided = None
+    if denoising.by_confidence and isinstance(preset.step, float) and params.prune_step is None:
+        preset, decided = replace(preset, step=0), preset.step
     return Policy(
         source=preset.source,
         rows=rows,
         layers=_layers(params, layer, preset.withdraw, num_layers),
         before=params.keep_ratio if preset.before else None,
-        shares={} if withheld else _shares(params, preset, steps),
+        shares={} if withheld else _shares(params, preset, denoising.resolved_steps),
         layer=layer,
         withdraw=preset.withdraw,
         # A ratio of 1 keeps everything, whatever else is asked.
@@ -155,6 +161,7 @@ def policy_of(params: PruningParams, num_layers: int, steps: int) -> Policy | No
         # A withdrawn token is still there in front of the layer: nobody moves up.
         positions="original" if preset.withdraw else params.positions,
         importance=params.importance,
+        decided=decided,
     )
 
 
