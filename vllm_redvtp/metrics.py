@@ -54,13 +54,11 @@ class DenoisingTally:
         for label, seconds in output.seconds.items():
             self._counts[f"{label}_seconds"] += seconds
 
-    def step(self, report: StepReport, state: DenoisingState) -> None:
+    def step(self, report: StepReport) -> None:
         """One request's part in it."""
-        canvas = state.plan.denoising.gen_length
         self._counts[f"{_STEPS}_{report.kind}"] += 1
         self._counts["tokens_computed"] += report.tokens_computed
-        # The prompt comes before the canvas and the suffix after it; a response step may begin within the canvas.
-        self._counts[_CANVAS_POSITIONS] += min(canvas, report.tokens_computed - len(state.plan.suffix_ids))
+        self._counts[_CANVAS_POSITIONS] += report.canvas_computed
         self._counts[_COMMITTED] += len(report.new_tokens)
         self._counts["prunings"] += report.pruning is not None
 

@@ -248,7 +248,7 @@ class DiffusionScheduler(Scheduler):
         for report in reports:
             state = self._states[report.request_id]
             state.record(report, step_ms)
-            self._tally.step(report, state)
+            self._tally.step(report)
             self._free_tail(report.request_id, state)
         ending, self._ending = self._ending, {}
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)

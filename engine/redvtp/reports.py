@@ -25,7 +25,8 @@ class StepReport:
     new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. answer_length: the
     canvas tokens before the first stop sequence so far, all of them without one. prompt_length: kept prompt tokens
     after the step. kv_tokens, kv_blocks: held after the step. tokens_computed: rows through the language model; one
-    that left half way counts for the layers it went through, the sum is rounded up. next_tokens: rows that will enter
+    that left half way counts for the layers it went through, the sum is rounded up. canvas_computed: canvas positions
+    among those of the step itself. next_tokens: rows that will enter
     the next step, it computes no more; resume_tokens: the same if the sequence is suspended before it.
     """
 
@@ -34,6 +35,7 @@ class StepReport:
     canvas_block: int
     kind: str
     tokens_computed: int
+    canvas_computed: int
     kv_tokens: int
     kv_blocks: int
     blocks_freed: int

@@ -97,7 +97,8 @@ class DenoisingRunner:
     def step(self, batch: list[Sequence]) -> list[StepReport]:
         """One denoising step of every sequence. Returns a report for each, in order."""
         plans = [sequence.next_step() for sequence in batch]
-        positions = [(sequence.canvas.block, sequence.steps_done) for sequence in batch]
+        positions = [(seq.canvas.block, seq.steps_done, seq.canvas_rows(plan))
+                     for seq, plan in zip(batch, plans, strict=True)]  # fmt: skip
         held = [blocks_needed(sequence.total_length, self.cache.block_size) for sequence in batch]
         self._row_layers.clear()
         self.rewrite_pages(batch)
@@ -106,7 +107,7 @@ class DenoisingRunner:
         prunings = self._denoise([sequence for sequence in batch if not sequence.finished])
         self.clock.settle()
         reports = []
-        for sequence, plan, (block, step), before in zip(batch, plans, positions, held, strict=True):
+        for sequence, plan, (block, step, canvas_rows), before in zip(batch, plans, positions, held, strict=True):
             blocks = blocks_needed(sequence.total_length, self.cache.block_size)
             reports.append(
                 StepReport(
@@ -115,6 +116,7 @@ class DenoisingRunner:
                     canvas_block=block,
                     kind=plan.kind,
                     tokens_computed=-(-self._row_layers[id(sequence)] // self.model.config.num_hidden_layers),
+                    canvas_computed=canvas_rows,
                     kv_tokens=sequence.total_length,
                     kv_blocks=blocks,
                     blocks_freed=before - blocks,

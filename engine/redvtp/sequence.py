@@ -221,6 +221,10 @@ class Sequence:
         later = self.denoising.cache == "prefix" or self.scores_next()
         return self.canvas.block_start, None if later else self.canvas.block_end
 
+    def canvas_rows(self, plan: StepPlan) -> int:
+        """Canvas positions that the next step computes."""
+        return min(plan.end, self.prompt_length + self.gen_length) - max(plan.first, self.prompt_length)
+
     def _is_whole_response(self, plan: StepPlan) -> bool:
         return plan.kind == "response" and plan.first <= self.prompt_length and plan.end == self.total_length
 

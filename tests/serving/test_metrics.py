@@ -97,6 +97,20 @@ def test_counters_grow_by_what_the_reports_say(server: Server, client: openai.Op
     assert expected["vllm:diffusion_num_committed_tokens_total"] == sum(len(answer.token_ids) for answer, _ in answered)
 
 
+def test_canvas_positions_are_those_that_were_computed(server: Server, client: openai.OpenAI, model: str) -> None:
+    knobs = {"cache": "dual", "block_length": 8, "steps": 16, "keep_ratio": 0.25, "suffix": " yes"}
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 32}
+    options["extra_body"] = {
+        "ignore_eos": True,
+        "vllm_xargs": {f"redvtp_{name}": value for name, value in knobs.items()},
+    }
+    with growth(server, "vllm:diffusion_num_canvas_positions_total") as grown:
+        ask(client, model, message_of(PRUNED.case), **options)
+    # Four blocks of four steps: all of the canvas in the full step, after the pruning and at the start of each block.
+    (positions,) = grown.values()
+    assert positions == (32 + 32 + 2 * 8) + 3 * (32 + 3 * 8)
+
+
 def test_seconds_are_the_workers(server: Server, client: openai.OpenAI, model: str) -> None:
     with growth(server, *ours(*SECONDS)) as grown:
         _, report = full_report(client, model, PRUNED)
