@@ -81,7 +81,7 @@ def test_long_lavida_answers_compute_what_each_cache_leaves(tmp_path: Path) -> N
     """Several canvas blocks, with the caches LaViDa can be run with, policies and a confidence rule in one table."""
     command = [BENCHMARKS / "decode.py", *TINY, "--family", "lavida", "--workdir", tmp_path, "--repeats", "1"]
     command += ["--gen-length", "16", "--block-length", "4", "--steps", "16", "--keep", "25", "--thresholds", "1"]
-    command += ["--cache", "none", "prefix", "prefix_lm", "--policies", "redvtp", "zipvl", "attention-free"]
+    command += ["--cache", "none", "prefix", "dual", "prefix_lm", "--policies", "redvtp", "zipvl", "attention-free"]
     done = subprocess.run(
         [sys.executable, *command, "--json", tmp_path / "results.json"],
         capture_output=True,
@@ -92,7 +92,7 @@ def test_long_lavida_answers_compute_what_each_cache_leaves(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     rows = {(row["cache"], row["threshold"], row["setting"]): row for row in results["rows"]}
-    caches, names = ("none", "prefix", "prefix_lm"), ("dense", "redvtp 25%", "zipvl", "attention-free 25%")
+    caches, names = ("none", "prefix", "dual", "prefix_lm"), ("dense", "redvtp 25%", "zipvl", "attention-free 25%")
     assert list(rows) == [(cache, threshold, name) for cache in caches for threshold in (None, 1) for name in names]
     for (_, threshold, _), row in rows.items():
         assert row["steps"] == 16 if threshold is None else row["steps"] <= 16
@@ -102,14 +102,17 @@ def test_long_lavida_answers_compute_what_each_cache_leaves(tmp_path: Path) -> N
     visual, total = results["request"]["visual_tokens"], results["request"]["prompt_tokens"] + 16
     fewer = total - (visual - int(visual * 0.25))
     by_blocks = [16 - step // 4 * 4 for step in range(16)]
-    # A canvas block begins with a full step, unless the prompt's pages still know of tokens that are gone.
+    # A block begins with a full step, or with the whole canvas where the prompt's pages know of tokens that are gone.
     refreshed = [rows_left if step % 4 else total for step, rows_left in enumerate(by_blocks)]
+    once_pruned = [rows_left if step % 4 else 16 for step, rows_left in enumerate(by_blocks)]
     expected = {
         ("none", "dense"): [total] * 16,
         ("none", "redvtp 25%"): [total] + [fewer] * 15,
         ("none", "attention-free 25%"): [fewer] * 16,
         ("prefix", "dense"): refreshed,
-        ("prefix", "redvtp 25%"): [total] + [16] * 15,
+        ("prefix", "redvtp 25%"): [total, *once_pruned[1:]],
+        ("dual", "dense"): [total, 4, 4, 4] * 4,
+        ("dual", "redvtp 25%"): [total, 16, 4, 4] + [16, 4, 4, 4] * 3,
         ("prefix_lm", "dense"): [total] + [16] * 15,
         ("prefix_lm", "redvtp 25%"): [total] + [16] * 15,
         ("prefix_lm", "attention-free 25%"): [fewer] + [16] * 15,
@@ -175,7 +178,7 @@ def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
     ids=lambda pruning: pruning.preset,
 )
 @pytest.mark.parametrize(
-    ("cache", "refresh_interval"), [("none", 32), ("prefix", 32), ("prefix", 3), ("prefix_lm", 32)]
+    ("cache", "refresh_interval"), [("none", 32), ("prefix", 32), ("prefix", 3), ("dual", 5), ("prefix_lm", 32)]
 )
 @pytest.mark.parametrize("checkpoint", ["tiny-llada-v", "tiny-lavida"])
 @pytest.mark.parametrize("name", ["square", "wide"])
@@ -194,7 +197,7 @@ def test_counted_flops_are_those_torch_sees(
     assert counted == seen
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "prefix_lm"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual", "prefix_lm"])
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "external"])
 def test_flops_of_every_policy_are_counted(preset: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     denoising = DenoisingParams(gen_length=24, block_length=8, steps=12, ignore_eos=True, cache=cache)
