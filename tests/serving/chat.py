@@ -6,6 +6,7 @@ import base64
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import openai
@@ -83,11 +84,7 @@ def ask(client: openai.OpenAI, model: str, *messages: Any, **options: Any) -> An
 
 def ask_in_pieces(client: openai.OpenAI, model: str, *messages: Any, least: int, **options: Any) -> Answer:
     """The same from a stream of at least so many chunks with new tokens."""
-
-    def chunks(answer: Answer) -> int:
-        return answer.chunks
-
-    answer: Answer = in_pieces(least, chunks, lambda: ask_streaming(client, model, *messages, **options))
+    answer: Answer = in_pieces(least, attrgetter("chunks"), lambda: ask_streaming(client, model, *messages, **options))
     return answer
 
 
