@@ -30,7 +30,7 @@ def test_the_benchmark_reports_every_setting(tmp_path: Path) -> None:
         [sys.executable, BENCHMARKS / "decode.py", *TINY, "--workdir", tmp_path, "--json", tmp_path / "results.json"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -61,7 +61,7 @@ def test_lavida_is_measured_behind_a_prompt_encoded_once(tmp_path: Path) -> None
         [sys.executable, *command, "--json", tmp_path / "results.json"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -126,7 +126,7 @@ def test_every_policy_gets_a_ceiling_from_the_tokens_it_computed(tmp_path: Path)
         [sys.executable, *command, "--workdir", tmp_path, "--json", tmp_path / "results.json"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -147,7 +147,7 @@ def test_thresholds_stand_beside_fixed_steps(tmp_path: Path) -> None:
         [sys.executable, *command, "--thresholds", "1000", "--workdir", tmp_path, "--json", tmp_path / "results.json"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -165,7 +165,7 @@ def test_a_wrong_size_is_refused_by_name(tmp_path: Path) -> None:
         [sys.executable, BENCHMARKS / "decode.py", "--image", "wide", "--workdir", tmp_path],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 2

@@ -288,7 +288,13 @@ def test_refreshing_every_step_equals_no_cache(engine: EngineFactory, preset: st
     a, *cached = local.generate([_request(local, denoising, pruning) for denoising in modes])
     for b in cached:
         assert [step.canvas for step in a.steps] == [step.canvas for step in b.steps]
-        assert [step.pruning for step in a.steps] == [step.pruning for step in b.steps]
+        # On some processors a row's place in the batch decides the last bit of its products.
+        prunings = [
+            step.pruning
+            and replace(step.pruning, importance=pytest.approx(step.pruning.importance, rel=1e-4, abs=1e-6))
+            for step in b.steps
+        ]
+        assert [step.pruning for step in a.steps] == prunings
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "prefix_lm"])

@@ -62,7 +62,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "redvtp.cli", *map(str, arguments)]
 
 
-def run(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout, check=False)
 
 

@@ -21,7 +21,8 @@ TASKS = MODEL / "tasks" / "tasks.jsonl"
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], dict[str, Any]]:
     out = tmp_path_factory.mktemp("tiny-dvlm") / "out"
-    grid = ("--policies", "redvtp,random", "--keep", "0.5,0.25")
+    # Answers are the same one by one (test_eval_command.py), but take twice as long.
+    grid = ("--policies", "redvtp,random", "--keep", "0.5,0.25", "--concurrency", "8")
     done = run("eval", MODEL, TASKS, *grid, "--dtype", "float32", "--output", out, timeout=3600)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())

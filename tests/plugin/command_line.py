@@ -76,7 +76,7 @@ def facts_of_fresh_processes(model: Path) -> tuple[dict[str, Any], dict[str, Any
     ]
     found: list[dict[str, Any]] = []
     for process in processes:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == 0, err
         (line,) = (line for line in out.splitlines() if line.startswith(PREFIX))
         found.append(json.loads(line.removeprefix(PREFIX)))

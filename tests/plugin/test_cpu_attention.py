@@ -21,7 +21,7 @@ from vllm_redvtp.cpu_attention import CpuPagedAttention
 from vllm_redvtp.packed_cache import PackedKVCache
 
 # Of the outputs, which are means of values around 1.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
 # Query heads, key heads, head_dim, block_size.
 SHAPES = [(4, 4, 32, 32), (4, 2, 64, 32), (6, 2, 32, 64), (2, 2, 128, 128)]
 

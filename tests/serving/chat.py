@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import openai
@@ -15,6 +17,8 @@ from plugin.requests import sampling_of
 CHECKPOINT = "tiny-llada-v"
 # Knobs the second server has as its own defaults (test_defaults.py).
 SERVER_DEFAULTS = {"keep_ratio": 0.25, "steps": 32}
+# Tokens of a request to look at, or to leave, in the middle: thousands of steps of a tenth of a second.
+LONG = 2048
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,12 @@ def ask(client: openai.OpenAI, model: str, *messages: Any, **options: Any) -> An
     )
 
 
+def ask_in_pieces(client: openai.OpenAI, model: str, *messages: Any, least: int, **options: Any) -> Answer:
+    """The same from a stream of at least so many chunks with new tokens."""
+    answer: Answer = in_pieces(least, attrgetter("chunks"), lambda: ask_streaming(client, model, *messages, **options))
+    return answer
+
+
 def ask_streaming(client: openai.OpenAI, model: str, *messages: Any, **options: Any) -> Answer:
     """The same put together from a stream; `chunks` counts those with new tokens."""
     stream = client.chat.completions.create(
@@ -105,6 +115,38 @@ def ask_streaming(client: openai.OpenAI, model: str, *messages: Any, **options: 
     # Once each, and at the end.
     (usage,), ((finish_reason, stop_reason),) = usages, ends
     return Answer("".join(texts), token_ids, finish_reason, stop_reason, usage, None, chunks)
+
+
+def in_pieces(least: int, pieces: Callable[[Any], int], ask_once: Callable[[], Any]) -> Any:
+    """A streamed answer of at least so many pieces; vLLM joins those that come while its front-end is kept waiting."""
+    seen = []
+    while len(seen) < 20:
+        streamed = ask_once()
+        seen.append(pieces(streamed))
+        if seen[-1] >= least:
+            return streamed
+    raise AssertionError(f"never in {least} pieces, but in {seen}")
+
+
+@contextmanager
+def in_the_middle(client: openai.OpenAI, model: str, *messages: Any, **knobs: Any) -> Iterator[Iterator[str]]:
+    """A request for `LONG` tokens after its first ones, yielding the pieces of text that follow.
+
+    The client leaves it at the end of the block.
+    """
+    asked = {"redvtp_block_length": 8} | {f"redvtp_{name}": value for name, value in knobs.items()}
+    stream = client.chat.completions.create(
+        model=model,
+        messages=list(messages),
+        stream=True,
+        max_tokens=LONG,
+        temperature=0,
+        extra_body={"ignore_eos": True, "vllm_xargs": asked},
+    )
+    with stream:
+        pieces = (text for chunk in stream if (text := chunk.choices[0].delta.content))
+        next(pieces)
+        yield pieces
 
 
 def _with_token_ids(options: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.image_bytes import png
 from serving.chat import Answer, ask, ask_streaming, golden_run, message, message_of, options_of
+from serving.server import REQUEST_SECONDS
 
 pytestmark = pytest.mark.serving
 
@@ -89,7 +90,7 @@ def test_eight_mixed_requests_each_get_what_they_get_alone(client: openai.OpenAI
 
     def send(request: tuple[Callable[..., Answer], Any, dict[str, Any]]) -> list[int]:
         way, content, options = request
-        start.wait(30)
+        start.wait(REQUEST_SECONDS)
         return way(client, model, content, **options).token_ids
 
     with ThreadPoolExecutor(len(requests)) as threads:

@@ -10,7 +10,7 @@ import pytest
 
 from golden_data import Run
 from redvtp.prompt import EOT, load_tokenizer
-from serving.chat import ask, ask_streaming, golden_run, message_of, options_of
+from serving.chat import LONG, ask, ask_in_pieces, ask_streaming, golden_run, in_the_middle, message_of, options_of
 from serving.server import Server
 
 pytestmark = pytest.mark.serving
@@ -24,10 +24,9 @@ STOPPED = golden_run("wide", "stop_g32_b32_s16")
 @pytest.mark.parametrize("run", [BLOCKS, PRUNED], ids=str)
 def test_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, model: str, run: Run) -> None:
     whole = ask(client, model, message_of(run.case), **options_of(run))
-    streamed = ask_streaming(client, model, message_of(run.case), **options_of(run))
+    streamed = ask_in_pieces(client, model, message_of(run.case), least=3, **options_of(run))
     assert streamed.text == whole.text
     assert streamed.token_ids == whole.token_ids == run.output
-    assert streamed.chunks > 2
     assert (streamed.finish_reason, whole.finish_reason) == ("length", "length")
     assert streamed.usage == whole.usage == (run.case.meta["prompt_len"], run.params["gen_length"])
 
@@ -125,21 +124,11 @@ def test_end_token_ends_the_answer(client: openai.OpenAI, model: str) -> None:
 
 def test_client_that_leaves_ends_its_request(server: Server, client: openai.OpenAI, model: str) -> None:
     """That its blocks come back is asserted by the `server` fixture."""
-    length = 2048
     generated = server.metric("vllm:generation_tokens_total")
-    stream = client.chat.completions.create(
-        model=model,
-        messages=[message_of(BLOCKS.case)],
-        stream=True,
-        max_tokens=length,
-        temperature=0,
-        extra_body={"ignore_eos": True, "vllm_xargs": {"redvtp_block_length": 8}},
-    )
-    next(chunk for chunk in stream if chunk.choices and chunk.choices[0].delta.content)
-    assert server.metric("vllm:num_requests_running") == 1
-    assert server.metric("vllm:kv_cache_usage_perc") > 0
-    stream.close()
+    with in_the_middle(client, model, message_of(BLOCKS.case)):
+        assert server.metric("vllm:num_requests_running") == 1
+        assert server.metric("vllm:kv_cache_usage_perc") > 0
     server.wait_until_idle()
-    assert server.metric("vllm:generation_tokens_total") - generated < length
+    assert server.metric("vllm:generation_tokens_total") - generated < LONG
     answer = ask(client, model, message_of(PRUNED.case), **options_of(PRUNED))
     assert answer.token_ids == PRUNED.output

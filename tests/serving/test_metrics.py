@@ -14,7 +14,8 @@ from typing import Any
 import openai
 import pytest
 
-from serving.chat import Answer, ask, ask_streaming, golden_run, message_of, options_of
+from redvtp.kv.blocks import blocks_needed
+from serving.chat import LONG, Answer, ask, ask_streaming, golden_run, in_the_middle, message_of, options_of
 from serving.server import Server
 
 pytestmark = pytest.mark.serving
@@ -27,6 +28,7 @@ CACHED = golden_run("wide", "fast_g64_b32_s32_pri4")
 BY_CONFIDENCE = golden_run("square", "fast_g64_b32_t09_pri4")
 TEXT = golden_run("text_only", "plain_g64_b32_s32")
 SECONDS = ("step_seconds", "score_seconds", "compaction_seconds")
+BLOCK = 32
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def growth(server: Server, *names: str) -> Iterator[dict[str, float]]:
     yield grown
     # A request's last numbers come with the engine step after it, its latencies with its last token.
     server.wait_until_idle()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         now = {name: _value(server, name) - before[name] for name in names}
         if now == grown or time.monotonic() > deadline:
@@ -142,19 +144,14 @@ def test_a_control_prunes_without_scoring(server: Server, client: openai.OpenAI,
 
 def test_a_client_that_leaves_is_counted_once(server: Server, client: openai.OpenAI, model: str) -> None:
     """Its visual tokens too, though it never gets its report."""
-    options: dict[str, Any] = {"temperature": 0, "max_tokens": 256}
-    options["extra_body"] = {"ignore_eos": True, "vllm_xargs": {"redvtp_block_length": 32, "redvtp_keep_ratio": 0.25}}
     names = ours("visual_tokens_seen", "visual_tokens_kept", "prunings")
     generated = "vllm:generation_tokens_total"
-    with growth(server, *names, generated) as grown:
-        stream = client.chat.completions.create(model=model, messages=[message_of(PRUNED.case)], stream=True, **options)
-        with stream:
-            for chunk in stream:
-                if chunk.choices[0].delta.content:
-                    break
+    leaving = in_the_middle(client, model, message_of(PRUNED.case), keep_ratio=0.25)
+    with growth(server, *names, generated) as grown, leaving:
+        pass
     _, report = full_report(client, model, PRUNED)
     assert [grown[name] for name in names] == [report["visual_tokens"], report["visual_tokens_kept"], 1]
-    assert 0 < grown[generated] < 256, "it did leave in the middle"
+    assert 0 < grown[generated] < LONG, "it did leave in the middle"
 
 
 def test_a_refused_request_counts_nothing(server: Server, client: openai.OpenAI, model: str) -> None:
@@ -189,25 +186,15 @@ def test_kv_usage_is_what_is_left_after_pruning(
     keep_ratio: float, server: Server, client: openai.OpenAI, model: str
 ) -> None:
     """While the request runs, not only after it."""
-    options: dict[str, Any] = {"temperature": 0, "max_tokens": 256}
-    knobs = {"redvtp_block_length": 32, "redvtp_keep_ratio": keep_ratio}
-    options["extra_body"] = {"ignore_eos": True, "vllm_xargs": knobs}
-    whole = ask(client, model, message_of(HALVED.case), **options).report
-    assert whole is not None
-    usages: list[float] = []
-    with client.chat.completions.create(
-        model=model, messages=[message_of(HALVED.case)], stream=True, **options
-    ) as stream:
-        for number, chunk in enumerate(stream):
-            # The first chunk names the role, before anything has run.
-            if number % 8 == 4 and chunk.choices[0].finish_reason is None:
-                running, usage = server.metric("vllm:num_requests_running"), server.metric("vllm:kv_cache_usage_perc")
-                # It may have ended between the chunk and the look.
-                usages += [usage] if running and usage else []
-    held = whole["kv_blocks_admitted"] - whole["blocks_freed"]
-    assert usages
-    assert usages == [pytest.approx(held / _blocks(server))] * len(usages)
-    assert (whole["blocks_freed"] > 0) == (keep_ratio < 1)
+    prompt, visual = HALVED.case.meta["prompt_len"], HALVED.case.meta["num_visual_tokens_total"]
+    admitted = blocks_needed(prompt + LONG, BLOCK)
+    held = blocks_needed(prompt - visual + int(visual * keep_ratio) + LONG, BLOCK)
+    assert (held < admitted) == (keep_ratio < 1)
+    with in_the_middle(client, model, message_of(HALVED.case), keep_ratio=keep_ratio) as pieces:
+        for _ in range(3):
+            assert server.metric("vllm:num_requests_running") == 1
+            assert server.metric("vllm:kv_cache_usage_perc") == pytest.approx(held / _blocks(server))
+            next(pieces)
 
 
 def _blocks(server: Server) -> int:

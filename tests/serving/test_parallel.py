@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from golden_data import Run, checkpoint_dir
-from serving.chat import CHECKPOINT, Answer, ask, golden_run, message_of, options_of
+from serving.chat import CHECKPOINT, Answer, ask, golden_run, in_the_middle, message_of, options_of
 from serving.server import Server, running_server
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
@@ -61,14 +61,17 @@ def _patient(server: Server) -> openai.OpenAI:
 
 
 def test_two_engines_give_the_references_tokens_and_share_the_requests(two_engines: Server) -> None:
-    answers = _ask_all(two_engines, RUNS * 2)
+    # A request that stays: the engine that has it is never again the idle one of the two.
+    with _patient(two_engines) as client, in_the_middle(client, two_engines.model(), message_of(RUNS[0].case)):
+        answers = _ask_all(two_engines, RUNS * 2)
     assert _tokens(answers) == [run.output for run in RUNS] * 2
     two_engines.wait_until_idle()
     seen = "vllm:redvtp_visual_tokens_seen_total"
     by_engine = [two_engines.metric(seen, f'engine="{engine}"') for engine in (0, 1)]
     assert all(by_engine), "each engine has had some"
     # Every request is counted by the engine that had it, and by no other.
-    assert sum(by_engine) == sum(answer.report["visual_tokens"] for answer in answers if answer.report)
+    stayed = RUNS[0].case.meta["num_visual_tokens_total"]
+    assert sum(by_engine) == stayed + sum(answer.report["visual_tokens"] for answer in answers if answer.report)
 
 
 def test_two_ranks_give_the_references_tokens_over_http(two_ranks: Server) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from golden_data import checkpoint_dir
 from serving.chat import CHECKPOINT
-from serving.server import run_to_exit
+from serving.server import START_SECONDS, run_to_exit
 
 pytestmark = pytest.mark.serving
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.serving
 def test_plugin_that_is_not_installed_stops_the_start(tmp_path: Path) -> None:
     # Long before a model would be loaded; the time is vLLM's imports, on a busy machine.
     status, said = run_to_exit(
-        tmp_path / "vllm.log", "serve", checkpoint_dir(CHECKPOINT), "--plugin", "nosuch", seconds=180
+        tmp_path / "vllm.log", "serve", checkpoint_dir(CHECKPOINT), "--plugin", "nosuch", seconds=START_SECONDS
     )
     assert status == 2
     assert "--plugin nosuch: no such vLLM plugin is installed (installed: " in said
