@@ -329,7 +329,8 @@ def test_the_golden_data_covers_every_mode() -> None:
     assert len(CUT_SHORT) == 2
     assert {run.kind for run in RUNS} == {"plain", "redvtp", "fast"}
     asked = [denoising_of(run) for run in RUNS]
-    assert {params.cache for params in asked} == set(CACHES)
+    # No reference has a dual cache; tests/engine/test_layers.py compares it with a slow loop.
+    assert {params.cache for params in asked} == set(CACHES) - {"dual"}
     assert Counter(params.threshold for params in asked)[0.9] >= 10
     assert Counter(params.threshold for params in asked)[1] >= 15
     assert {params.schedule for params in asked} == {"even", "shift", "cosine", "dream"}
