@@ -55,7 +55,9 @@ def _stopped(
 
 def _signalled(file: Path, folder: Path, with_signal: signal.Signals, after: int) -> subprocess.CompletedProcess[str]:
     arguments = command("eval", MODEL, file, *GRID, *FLAGS, "--output", folder)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_hear_interrupts
+    )
     deadline = time.monotonic() + 600
     try:
         while process.poll() is None and _answered(folder) < after:
@@ -67,6 +69,11 @@ def _signalled(file: Path, folder: Path, with_signal: signal.Signals, after: int
         process.kill()
         process.wait()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def _hear_interrupts() -> None:
+    """A shell that runs the tests in the background has children ignore Ctrl-C, and these pass that on to theirs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _answered(folder: Path) -> int:
