@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-from redvtp.attention.batch import Attention, Segment
+from redvtp.attention.interface import Attention, Segment
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.kv.blocks import blocks_needed, slots_of
-from redvtp.kv.cache import KVPages, PagedKVCache
-from vllm_redvtp.cpu_attention import CpuPagedAttention
-from vllm_redvtp.packed_cache import PackedKVCache
+from redvtp.kv.pages import KVPages, PagedKVCache
+from vllm_redvtp.attention.cpu import CpuPagedAttention
+from vllm_redvtp.attention.packed_pages import PackedKVCache
 
 BLOCK_SIZE = 32
 # What it stands for, keys of a request, queries of a request, requests.

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from redvtp.checkpoint.config import DvlmConfig
 from redvtp.local import Generation
-from redvtp.models.config import DvlmConfig
 from redvtp.reports import StepReport
 
 # Policies that choose without looking at attention.

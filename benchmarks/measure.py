@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from meters import PeakMemory, Stopwatch
 
-import redvtp.runner
+import redvtp.denoising.step
+from redvtp.attention.scores import AttentionScores
 from redvtp.attention.torch_paged import TorchPagedAttention
+from redvtp.denoising.pruner import Pruner
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed
 from redvtp.local import Generation, LocalEngine, Request
-from redvtp.pruning.pruner import Pruner
-from redvtp.pruning.scores import AttentionScores
-from redvtp.sequence import Sequence
 
 WATCHED_STEPS = 5
 
@@ -124,6 +124,6 @@ def _watched(engine: LocalEngine) -> list[tuple[Any, str, str]]:
         (AttentionScores, "accumulate", "scoring of visual tokens"),
         (language_model, "forward", "norms, rotary, activations, residuals"),
         (language_model, "logits", "logits"),
-        (redvtp.runner, "propose", "choice of tokens"),
+        (redvtp.denoising.step, "propose", "choice of tokens"),
         (Pruner, "prune", "choice of visual tokens, compaction"),
     ]

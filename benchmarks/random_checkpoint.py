@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redvtp.models.families import family_of
+from redvtp.families.family import family_of
 from redvtp.models.loading import checkpoint_name, rename
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "ckpt"

@@ -28,10 +28,10 @@ from PIL import Image
 from random_checkpoint import Shape, make_checkpoint, make_image
 from tqdm import tqdm
 
+from redvtp.checkpoint.config import load_config
 from redvtp.evaluation.table import aligned
 from redvtp.evaluation.tasks import read_tasks
 from redvtp.kv.blocks import blocks_needed
-from redvtp.models.config import load_config
 from redvtp.params import CACHES
 from redvtp.prompt import chat_prompt, load_tokenizer, split_prompt
 from redvtp.vision.images import open_image

@@ -26,10 +26,10 @@ from typing import Any
 import openai
 from PIL import Image
 
+from redvtp.checkpoint.config import load_config
 from redvtp.evaluation.server import data_url
 from redvtp.evaluation.tasks import Task, read_tasks
 from redvtp.heatmap import draw_saved
-from redvtp.models.config import load_config
 from redvtp.vision.images import open_image
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from pathlib import Path
 from vllm.sampling_params import SamplingParams
 
 from redvtp.params import PRESET_KNOBS, DenoisingParams, PruningParams
-from vllm_redvtp.params import DEFAULT_REPORT, KNOBS, PREFIX, build_params
+from vllm_redvtp.knobs import DEFAULT_REPORT, KNOBS, PREFIX, build_params
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "knobs.md"
 START = "<!-- written by scripts/knob_table.py -->"

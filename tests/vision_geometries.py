@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import strategies
 
 from golden_data import checkpoint_dir
-from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, TowerConfig, load_config
+from redvtp.checkpoint.config import SO400M_PATCH14_384, DvlmConfig, TowerConfig, load_config
 
 
 def with_geometry(tower: TowerConfig, aspect: str, pinpoints: list[tuple[int, int]]) -> DvlmConfig:

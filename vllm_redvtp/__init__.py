@@ -26,20 +26,20 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
 
-    from redvtp.models.families import FAMILIES
-    from vllm_redvtp.cli import install_plugin_option
-    from vllm_redvtp.config import TOKENIZER_MODE, DvlmModelConfig, LlavaDreamConfig, LlavaLladaConfig
+    from redvtp.families.family import FAMILIES
+    from vllm_redvtp.hook import TOKENIZER_MODE, DvlmModelConfig, LlavaDreamConfig, LlavaLladaConfig
+    from vllm_redvtp.patches import install_plugin_option
 
     for config in (LlavaLladaConfig, LlavaDreamConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
     for architecture, family in FAMILIES.items():
-        ModelRegistry.register_model(architecture, "vllm_redvtp.models:ServedDvlm")
+        ModelRegistry.register_model(architecture, "vllm_redvtp.served_model:ServedDvlm")
         MODELS_CONFIG_MAP[architecture] = DvlmModelConfig
-        template = Path(__file__).parent / "templates" / f"{family.template}.jinja"
+        template = Path(__file__).parent / "frontend" / "templates" / f"{family.template}.jinja"
         register_chat_template_fallback_path(family.model_type, template)
     # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer (as vLLM's own "inkling"
     # mode does).
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
-    RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.renderer", "DiffusionRenderer")
+    RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.frontend.renderer", "DiffusionRenderer")
     install_plugin_option()
     _registered = True

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from redvtp.cli import EngineOptions, refusing
-from redvtp.flags import BadInput
+from redvtp.checkpoint.config import DvlmConfig, load_config
+from redvtp.cli.flags import BadInput
+from redvtp.cli.main import EngineOptions, refusing
 from redvtp.local import Request
-from redvtp.models.config import DvlmConfig, load_config
 from redvtp.models.loading import check_weight_files
 from redvtp.prompt import load_tokenizer, special_tokens
 from redvtp.trace import Trace, trace_of_report
@@ -74,7 +74,7 @@ def _start(options: EngineOptions, config: DvlmConfig) -> LLM:
 
 
 def _enqueue(llm: LLM, request: Request) -> None:
-    from vllm_redvtp.params import RequestParams, sampling_params
+    from vllm_redvtp.knobs import RequestParams, sampling_params
 
     prompt: Any = {"prompt": request.prompt}
     if request.images:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
 
-from redvtp.denoising.draft import draft_tokens
+from redvtp.canvas.draft import draft_tokens
 from redvtp.params import DenoisingParams
 from redvtp.prompt import special_tokens
 from redvtp.pruning.policy import Policy, policy_for, policy_of
-from vllm_redvtp.config import engine_config
-from vllm_redvtp.params import (
+from vllm_redvtp.hook import engine_config
+from vllm_redvtp.knobs import (
     PREFIX,
     RequestParams,
     build_params,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from redvtp.models.config import DvlmConfig
+from redvtp.checkpoint.config import DvlmConfig
 from redvtp.trace import survivors
 from redvtp.vision.merge import visual_token_boxes
 from redvtp.vision.tiling import image_mode

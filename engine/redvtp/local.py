@@ -24,19 +24,19 @@ from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from redvtp.denoising.draft import lay_out
+from redvtp.canvas.draft import lay_out
+from redvtp.checkpoint.config import DvlmConfig, load_config
+from redvtp.denoising.sequence import Sequence
+from redvtp.denoising.step import DenoisingRunner
 from redvtp.kv.blocks import BlockPool, blocks_needed
-from redvtp.kv.cache import PagedKVCache
-from redvtp.models.config import DvlmConfig, load_config
+from redvtp.kv.pages import PagedKVCache
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
+from redvtp.models.visual_cache import DEFAULT_CACHE_BYTES, ImageEncoder, ImageInput, content_digest
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
 from redvtp.pruning.policy import Policy, policy_for
 from redvtp.reports import StepReport
-from redvtp.runner import DenoisingRunner
-from redvtp.sequence import Sequence
-from redvtp.vision.encoder import DEFAULT_CACHE_BYTES, ImageEncoder, ImageInput, content_digest
 from redvtp.vision.merge import visual_token_count
 from redvtp.vision.tiling import image_mode, tile_image
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from redvtp.models.config import DvlmConfig
+from redvtp.checkpoint.config import DvlmConfig
 
 IMAGE_MARK = "<image>"
 DEFAULT_SYSTEM = (

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from redvtp.denoising.remasking import Choice, propose, select
+from redvtp.canvas.proposals import Choice, propose, select
+from redvtp.denoising.sequence import Sequence
+from redvtp.kv.rotary import apply_rotary
 from redvtp.local import LocalEngine
-from redvtp.models.rotary import apply_rotary
-from redvtp.sequence import Sequence
 
 
 @dataclass

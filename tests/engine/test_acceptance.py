@@ -12,13 +12,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import golden_data
-from redvtp.denoising.acceptance import acceptance_of, accepted, confidence_rule, factor_rule
-from redvtp.denoising.canvas import Canvas
+from redvtp.canvas.acceptance import acceptance_of, accepted, confidence_rule, factor_rule
+from redvtp.canvas.canvas import Canvas
+from redvtp.denoising.sequence import Sequence
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.reports import StepReport
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redvtp.kv.blocks import BlockPool, blocks_needed, slots_of, slots_of_all
-from redvtp.kv.cache import PagedKVCache
 from redvtp.kv.compaction import compact, plan_compaction
-from redvtp.models.rotary import Rotary
+from redvtp.kv.pages import PagedKVCache
+from redvtp.kv.rotary import Rotary
 
 HEADS, HEAD_DIM, LAYERS = 2, 8, 2
 

@@ -14,9 +14,9 @@ from PIL import Image
 import golden_data
 from redvtp.local import LocalEngine, Request
 from redvtp.models.dvlm import TILES_AT_ONCE
+from redvtp.models.visual_cache import ImageEncoder, ImageInput, content_digest
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.vision.encoder import ImageEncoder, ImageInput, content_digest
 from redvtp.vision.tiling import ImageMode, image_mode, tile_image
 
 EngineFactory = Callable[..., LocalEngine]

@@ -14,13 +14,13 @@ import torch
 
 import golden_data
 from engine.layer_reference import SlowDecoder
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.pruning.budget import tokens_to_keep
 from redvtp.reports import StepReport
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 LAYERS = 4

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 import golden_data
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed, slots_of
+from redvtp.kv.rotary import apply_rotary
 from redvtp.local import LocalEngine, Request
-from redvtp.models.rotary import apply_rotary
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.pruning.features import DIRECTIONS, feature_importance
+from redvtp.pruning.importance import DIRECTIONS, feature_importance
 from redvtp.pruning.policy import PROGRESSIVE_STEPS
 from redvtp.reports import PruningReport
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 CHECKPOINT = "tiny-llada-v"

@@ -14,14 +14,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from redvtp.denoising.sequence import Sequence
+from redvtp.denoising.step import DenoisingRunner
 from redvtp.kv.blocks import BlockPool, blocks_needed, slots_of
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.pages import PagedKVCache
 from redvtp.local import LocalEngine
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.pruning.policy import policy_for
 from redvtp.reports import StepReport
-from redvtp.runner import DenoisingRunner
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 LAYERS = 4

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 import golden_data
-from redvtp.denoising.canvas import Canvas
+from redvtp.canvas.canvas import Canvas
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed, slots_of
+from redvtp.kv.rotary import apply_rotary
 from redvtp.local import LocalEngine, Request
-from redvtp.models.rotary import apply_rotary
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 CHECKPOINTS = ("tiny-lavida", "tiny-lavida-dream")

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import golden_data
+from redvtp.denoising.sequence import Sequence
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.reports import StepReport
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 

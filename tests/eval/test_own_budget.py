@@ -30,7 +30,7 @@ def asked(engine: EngineFactory) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(asked: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One whole evaluation, with its task file beside the results."""
-    from redvtp.cli import main
+    from redvtp.cli.main import main
 
     made = tmp_path_factory.mktemp("own-budget")
     file = write(made / "questions.jsonl", asked)

@@ -18,13 +18,13 @@ import torch
 import golden_data
 from golden_data import Case, Run
 from golden_runs import denoising_of, pruning_of
-from redvtp.denoising.canvas import Canvas
-from redvtp.denoising.schedule import dream_counts
+from redvtp.canvas.canvas import Canvas
+from redvtp.canvas.schedule import dream_counts
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import slots_of
 from redvtp.local import Generation, LocalEngine, Request
 from redvtp.params import CACHES, DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.sequence import Sequence
 from redvtp.vision.tiling import image_mode, tile_image
 
 EngineFactory = Callable[..., LocalEngine]

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from redvtp.attention.batch import Segment
+from redvtp.attention.interface import Segment
+from redvtp.attention.scores import AttentionScores
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.kv.blocks import blocks_needed, slots_of
-from redvtp.kv.cache import KVPages, PagedKVCache
 from redvtp.kv.compaction import compact, plan_compaction
-from redvtp.models.rotary import Rotary
-from redvtp.pruning.scores import AttentionScores
-from vllm_redvtp.cpu_attention import CpuPagedAttention
-from vllm_redvtp.packed_cache import PackedKVCache
+from redvtp.kv.pages import KVPages, PagedKVCache
+from redvtp.kv.rotary import Rotary
+from vllm_redvtp.attention.cpu import CpuPagedAttention
+from vllm_redvtp.attention.packed_pages import PackedKVCache
 
 # Of the outputs, which are means of values around 1.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}

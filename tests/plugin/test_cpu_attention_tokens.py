@@ -26,16 +26,16 @@ from golden_data import Run, checkpoint_dir
 from golden_runs import denoising_of, pruning_of
 from plugin.conftest import LlmFactory, in_process_llm
 from plugin.requests import free_blocks, runner_of, usable_blocks
-from redvtp.attention.batch import Segment
+from redvtp.attention.interface import Segment
+from redvtp.denoising.step import DenoisingRunner
 from redvtp.evaluation.tasks import read_tasks
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.pages import PagedKVCache
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.runner import DenoisingRunner
-from vllm_redvtp.cpu_attention import CpuPagedAttention
-from vllm_redvtp.packed_cache import PackedKVCache
-from vllm_redvtp.params import RequestParams, sampling_params
+from vllm_redvtp.attention.cpu import CpuPagedAttention
+from vllm_redvtp.attention.packed_pages import PackedKVCache
+from vllm_redvtp.knobs import RequestParams, sampling_params
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = ROOT / "examples" / "tiny_dvlm"

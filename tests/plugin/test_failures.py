@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 
 from golden_data import Case
 from plugin.requests import free_blocks, prompt_of, runner_of, scheduler_of, usable_blocks
-from redvtp.sequence import Sequence
+from redvtp.denoising.sequence import Sequence
 
 CASE = Case("tiny-llada-v", "wide")
 # Eight neighbours in all modes, half of them drawing random numbers.

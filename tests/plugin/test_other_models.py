@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 import vllm_redvtp
 from plugin.command_line import facts_of_fresh_processes, write_llama
-from vllm_redvtp.renderer import install_request_check
+from vllm_redvtp.frontend.renderer import install_request_check
 
 OPTION = "--plugin"
 
@@ -38,12 +38,13 @@ def test_registration_imports_no_model_and_no_engine(facts: tuple[dict[str, Any]
     installed, _ = facts
     assert set(installed["modules"]) <= {
         "redvtp",
-        "redvtp.models",
-        "redvtp.models.config",
-        "redvtp.models.families",
+        "redvtp.checkpoint",
+        "redvtp.families",
+        "redvtp.checkpoint.config",
+        "redvtp.families.family",
         "vllm_redvtp",
-        "vllm_redvtp.cli",
-        "vllm_redvtp.config",
+        "vllm_redvtp.patches",
+        "vllm_redvtp.hook",
     }
 
 

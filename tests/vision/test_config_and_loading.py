@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from golden_data import ALL, checkpoint_dir
-from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, load_config
+from redvtp.checkpoint.config import SO400M_PATCH14_384, DvlmConfig, load_config
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_name, checkpoint_weights, load_weights, rename
 

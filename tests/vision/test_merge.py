@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from golden_data import Case, cases
-from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, load_config
+from redvtp.checkpoint.config import SO400M_PATCH14_384, DvlmConfig, load_config
 from redvtp.vision.merge import merge_tiles, visual_token_boxes, visual_token_count
 from redvtp.vision.tiling import ImageMode, choose_grid, image_mode, tile_image
 from vision_geometries import GEOMETRIES, LLADA_V, SIZES, with_geometry

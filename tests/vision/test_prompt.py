@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from golden_data import LAVIDA, LLADA_V, Case, cases, checkpoint_dir
-from redvtp.models.config import load_config
+from redvtp.checkpoint.config import load_config
 from redvtp.prompt import (
     IMAGE_MARK,
     build_prompt_tokens,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from golden_data import Case, cases
-from redvtp.models.config import DvlmConfig, load_config
+from redvtp.checkpoint.config import DvlmConfig, load_config
 from redvtp.vision.images import open_image
 from redvtp.vision.tiling import ImageMode, choose_grid, image_mode, tile_image
 from vision_geometries import GEOMETRIES, LLADA_V, SIZES

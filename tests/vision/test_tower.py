@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import SiglipVisionConfig
 
 from golden_data import Case, cases, checkpoint_dir
-from redvtp.models.config import SO400M_PATCH14_384, load_config
+from redvtp.checkpoint.config import SO400M_PATCH14_384, load_config
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
 from redvtp.vision.images import open_image

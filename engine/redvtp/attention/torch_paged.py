@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from redvtp.attention.batch import Segment, written_slots
-from redvtp.kv.cache import KVPages
+from redvtp.attention.interface import Segment, written_slots
+from redvtp.kv.pages import KVPages
 
 
 class TorchPagedAttention:

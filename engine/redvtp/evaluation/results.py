@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from redvtp.cli.flags import BadInput, check_folder
 from redvtp.evaluation.backends import Answer
 from redvtp.evaluation.grid import OWN_BUDGET, Cell, Question
 from redvtp.evaluation.scoring import is_right
-from redvtp.flags import BadInput, check_folder
 
 # Written for the reader. A copy of the checkpoint, or the same server at another port, gives the same answers.
 _MAY_CHANGE = {"model", "tasks", "server"}

@@ -16,9 +16,9 @@ from typing import Any
 import openai
 from PIL import Image
 
+from redvtp.cli.flags import BadInput
 from redvtp.evaluation.backends import Answer, Stopwatch, Take
 from redvtp.evaluation.grid import Question
-from redvtp.flags import BadInput
 from redvtp.params import DenoisingParams
 
 # A canvas is whole or not there, and a long one on a busy CPU takes its time.

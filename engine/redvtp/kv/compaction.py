@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from redvtp.kv.blocks import slots_of
-from redvtp.kv.cache import KVPages
-from redvtp.models.rotary import Rotary
+from redvtp.kv.pages import KVPages
+from redvtp.kv.rotary import Rotary
 
 
 @dataclass(frozen=True, slots=True)

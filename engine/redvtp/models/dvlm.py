@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from redvtp.models.config import DvlmConfig
+from redvtp.checkpoint.config import DvlmConfig
 from redvtp.models.transformer import TP_PLAN, Transformer
 from redvtp.vision.merge import merge_tiles
 from redvtp.vision.tiling import ImageMode

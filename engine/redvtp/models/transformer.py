@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from redvtp.attention.batch import Attention
-from redvtp.models.rotary import Rotary, apply_rotary
+from redvtp.attention.interface import Attention
+from redvtp.kv.rotary import Rotary, apply_rotary
 
 # How each linear of a layer splits over tensor-parallel ranks, by its leaf name.
 TP_PLAN: dict[str, str] = {

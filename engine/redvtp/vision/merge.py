@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from redvtp.models.config import DvlmConfig
+from redvtp.checkpoint.config import DvlmConfig
 from redvtp.vision.images import validate_padded_size
 from redvtp.vision.tiling import Grid, ImageMode, choose_grid
 

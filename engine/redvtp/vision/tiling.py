@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from redvtp.models.config import DvlmConfig
+from redvtp.checkpoint.config import DvlmConfig
 from redvtp.vision.images import validate_padded_size, validate_size
 
 Mode = Literal["anyres", "pad"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 
-from redvtp.models.config import TowerConfig
+from redvtp.checkpoint.config import TowerConfig
 
 
 class VisionTower(nn.Module):

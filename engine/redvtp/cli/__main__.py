@@ -1,0 +1,7 @@
+"""`python -m redvtp.cli.main`."""
+
+import sys
+
+from redvtp.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,191 @@
+"""How vLLM must be set up for diffusion: Hugging Face config classes, and the hook that adjusts vLLM's own config.
+
+`DvlmModelConfig` sits in vLLM's MODELS_CONFIG_MAP and runs before workers, scheduler and tokenizers are chosen,
+once in every process that builds a config; engine and workers receive the finished one. What cannot work is refused
+here, with a sentence.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from transformers import PretrainedConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from redvtp.checkpoint.config import DvlmConfig
+from redvtp.families.family import FAMILIES
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+TOKENIZER_MODE = "redvtp"
+# A multiple of 16 as paged attention kernels want it; small enough that a pruning frees blocks.
+BLOCK_SIZE = 32
+# KV cache on a CPU when the user names no size: so many longest requests, within so many bytes, but always one.
+CPU_KV_CACHE_REQUESTS = 8
+CPU_KV_CACHE_BYTES = 4 << 30
+
+
+class LlavaLladaConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+    """config.json of a LLaDA-V or LaViDa checkpoint as it stands; `engine_config` gives its meaning."""
+
+    model_type = "llava_llada"
+
+    def __init__(self, **kwargs: Any) -> None:
+        # vLLM asks for sizes under their usual names.
+        for architecture in kwargs.get("architectures") or ():
+            for ours, theirs in getattr(FAMILIES.get(architecture), "keys", {}).items():
+                if theirs in kwargs:
+                    kwargs.setdefault(ours, kwargs[theirs])
+        super().__init__(**kwargs)
+
+
+class LlavaDreamConfig(LlavaLladaConfig):  # type: ignore[no-untyped-call]
+    """The same for LaViDa with the Dream language model."""
+
+    model_type = "llava_dream"
+
+
+def engine_config(model_config: ModelConfig) -> DvlmConfig:
+    """The engine's view of the served checkpoint, `--hf-overrides` included. Raises ValueError if it cannot run it."""
+    return DvlmConfig.from_dict(model_config.hf_config.to_dict(), model_config.model)
+
+
+class DvlmModelConfig(VerifyAndUpdateConfig):
+    """MODELS_CONFIG_MAP entry of every family."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Before anything is loaded: can we run it? Tokenizer mode, chat template and request checks become ours."""
+        family = engine_config(model_config).family
+        if model_config.skip_tokenizer_init:
+            raise ValueError(
+                f"{family.name} needs its tokenizer to find the mask token; do not use --skip-tokenizer-init"
+            )
+        if model_config.enable_prompt_embeds:
+            raise ValueError(f"--enable-prompt-embeds is not supported for {family.name}; send text and images")
+        if model_config.tokenizer_mode in ("auto", "hf"):
+            model_config.tokenizer_mode = TOKENIZER_MODE
+        # Compilation and CUDA graphs of vLLM assume its own model runners.
+        model_config.enforce_eager = True
+        checker = "vllm_redvtp.knobs:RequestKnobs"
+        if checker not in (model_config.logits_processors or []):
+            model_config.logits_processors = [*(model_config.logits_processors or []), checker]
+        _default_to_greedy(model_config)
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Choose our scheduler and worker, and switch off what assumes one causal pass over the prompt."""
+        from vllm_redvtp.attention.choice import runs_on_kernel
+        from vllm_redvtp.knobs import server_defaults, vision_cache_bytes
+        from vllm_redvtp.scheduling.metrics import install_metrics
+
+        _refuse_unsupported(vllm_config)
+        server_defaults(vllm_config)
+        vision_cache_bytes(vllm_config)
+        _use_our_parts(vllm_config)
+        _schedule_synchronously(vllm_config)
+        _size_kv_cache(vllm_config)
+        runs_on_kernel(vllm_config)
+        # The hook runs in every front-end, which is where they are collected.
+        install_metrics()
+
+
+def _default_to_greedy(model_config: ModelConfig) -> None:
+    """Without a temperature from the client or the checkpoint: 0, the reference's default (vLLM's is 1).
+
+    `--generation-config vllm` asks for vLLM's defaults and gets them.
+    """
+    if model_config.generation_config == "vllm":
+        return
+    given = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
+    if "temperature" not in given:
+        model_config.override_generation_config = {**model_config.override_generation_config, "temperature": 0.0}
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    refused = {
+        "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "LoRA (--enable-lora)": vllm_config.lora_config is not None,
+        "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
+        "encoder connectors (--ec-transfer-config)": vllm_config.ec_transfer_config is not None,
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        "a quantised KV cache (--kv-cache-dtype)": vllm_config.cache_config.cache_dtype != "auto",
+    }
+    config = engine_config(vllm_config.model_config)
+    for feature, wanted in refused.items():
+        if wanted:
+            raise ValueError(
+                f"not supported for diffusion decoding of {config.family.name}: {feature}; start the server without it"
+            )
+    ranks = parallel.tensor_parallel_size
+    if config.num_key_value_heads % ranks:
+        raise ValueError(f"--tensor-parallel-size {ranks} does not divide the {config.num_key_value_heads} KV heads")
+
+
+def _use_our_parts(vllm_config: VllmConfig) -> None:
+    from vllm.platforms import current_platform
+
+    # An explicit choice of the user stands.
+    if vllm_config.parallel_config.worker_cls == "auto":
+        kind = "CpuWorker" if current_platform.is_cpu() else "GpuWorker"
+        vllm_config.parallel_config.worker_cls = f"vllm_redvtp.worker.worker.{kind}"
+    if vllm_config.scheduler_config.scheduler_cls is None:
+        vllm_config.scheduler_config.scheduler_cls = "vllm_redvtp.scheduling.scheduler.DiffusionScheduler"
+    multimodal = vllm_config.model_config.multimodal_config
+    if multimodal is not None:
+        # A request refused after image processing would leave the front-end's cache ahead of the engine's, and the next
+        # request with that image would fail once with HTTP 500.
+        multimodal.mm_processor_cache_gb = 0
+        # Pictures come to our processor as they are, and it drops transparency as the reference does. vLLM would lay
+        # them on white, and turn an oversized one into RGB before it is refused.
+        multimodal.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
+
+
+def _schedule_synchronously(vllm_config: VllmConfig) -> None:
+    """Strictly schedule, execute, update: a pruning changes what the next step computes."""
+    scheduler = vllm_config.scheduler_config
+    scheduler.async_scheduling = False
+    # Attention is bidirectional: a prompt is computed whole, and its keys depend on the response.
+    scheduler.enable_chunked_prefill = False
+    vllm_config.cache_config.enable_prefix_caching = False
+    if scheduler.max_num_batched_tokens < vllm_config.model_config.max_model_len:
+        scheduler.max_num_batched_tokens = vllm_config.model_config.max_model_len
+    # Derived from max_num_batched_tokens before this hook; too small a value refuses large images.
+    scheduler.max_num_encoder_input_tokens = max(
+        scheduler.max_num_encoder_input_tokens, scheduler.max_num_batched_tokens
+    )
+    scheduler.encoder_cache_size = max(scheduler.encoder_cache_size, scheduler.max_num_batched_tokens)
+
+
+def _size_kv_cache(vllm_config: VllmConfig) -> None:
+    from vllm.platforms import current_platform
+
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size:
+        cache.block_size = BLOCK_SIZE
+        # Otherwise the CPU platform replaces it with its own default afterwards.
+        cache.user_specified_block_size = True
+    if not current_platform.is_cpu():
+        return
+    if cache.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        # vLLM's default, 92 % of the machine's memory, refuses to start wherever something else runs.
+        cache.kv_cache_memory_bytes = _cpu_kv_cache_bytes(vllm_config)
+    parallel, bind = vllm_config.parallel_config, os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    if parallel.tensor_parallel_size * parallel.data_parallel_size > 1 and bind == "auto":
+        # vLLM wants one NUMA node for each rank of each engine; this lets them share one. Child processes inherit it.
+        os.environ.setdefault("VLLM_CPU_SIM_MULTI_NUMA", "1")
+
+
+def _cpu_kv_cache_bytes(vllm_config: VllmConfig) -> int:
+    model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
+    config = engine_config(model)
+    dtype: Any = model.dtype
+    heads = config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
+    block_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize * block_size
+    # One block more: vLLM keeps block 0 to itself.
+    longest = (-(-model.max_model_len // block_size) + 1) * block_bytes
+    return int(max(longest, min(CPU_KV_CACHE_REQUESTS * longest, CPU_KV_CACHE_BYTES)))
