@@ -15,7 +15,8 @@ from vllm.sampling_params import SamplingParams
 from redvtp.canvas.draft import draft_tokens
 from redvtp.params import DenoisingParams
 from redvtp.prompt import special_tokens
-from redvtp.pruning.policy import Policy, policy_for, policy_of
+from redvtp.pruning.policy import Policy
+from redvtp.pruning.resolve import policy_for, policy_of
 from vllm_redvtp.hook import engine_config
 from vllm_redvtp.knobs import (
     PREFIX,

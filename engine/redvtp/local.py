@@ -35,7 +35,8 @@ from redvtp.models.loading import checkpoint_weights, load_weights
 from redvtp.models.visual_cache import DEFAULT_CACHE_BYTES, ImageEncoder, ImageInput, content_digest
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
-from redvtp.pruning.policy import Policy, policy_for
+from redvtp.pruning.policy import Policy
+from redvtp.pruning.resolve import policy_for
 from redvtp.reports import StepReport
 from redvtp.vision.merge import visual_token_count
 from redvtp.vision.tiling import image_mode, tile_image

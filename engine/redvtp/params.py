@@ -10,6 +10,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from redvtp.presets import PRESET_TABLE
+
 CACHES = ("none", "prefix", "dual", "prefix_lm")
 # Those that keep pages from one step of a canvas block to the next, and refresh them.
 BLOCK_CACHES = ("prefix", "dual")
@@ -17,20 +19,7 @@ REMASKINGS = ("low_confidence", "entropy", "margin", "random")
 # Those whose confidence is a number in [0, 1] that says how sure the model is.
 BOUNDED_REMASKINGS = ("low_confidence", "margin")
 SCHEDULES = ("even", "linear", "shift", "cosine", "logit_normal", "dream")
-PRESETS = (
-    "redvtp",
-    "llada-fastv",
-    "fastv",
-    "late",
-    "progressive",
-    "zipvl",
-    "layer-skip",
-    "attention-free",
-    "external",
-    "random",
-    "uniform",
-    "none",
-)
+PRESETS = (*PRESET_TABLE, "none")
 # Pruning knobs that a preset gives a meaning to, or none.
 PRESET_KNOBS = (
     "score_rows",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from redvtp.params import DenoisingParams, PruningParams
-from redvtp.pruning.policy import policy_of
+from redvtp.pruning.resolve import policy_of
 
 BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"gen_length": 0}, r"gen_length must be an integer in \[1, 65536\], got 0"),

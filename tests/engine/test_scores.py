@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from redvtp.attention import scores as scores_module
-from redvtp.attention.scores import AttentionScores, masked_row_importance
+from redvtp.attention.scores import AttentionScores
 from redvtp.pruning.budget import most_important, tokens_to_keep
+from redvtp.pruning.importance import masked_row_importance
 
 
 @settings(deadline=None, max_examples=40)

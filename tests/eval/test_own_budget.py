@@ -16,7 +16,7 @@ from redvtp.evaluation import plots
 from redvtp.evaluation.grid import OWN_BUDGET, Cell, cells
 from redvtp.local import LocalEngine
 from redvtp.params import PRESETS, DenoisingParams, PruningParams
-from redvtp.pruning.policy import policy_of
+from redvtp.pruning.resolve import policy_of
 
 EngineFactory = Callable[..., LocalEngine]
 GRID = ("--policies", "zipvl,redvtp,layer-skip", "--keep", "0.5,0.25", "--cache", "none,prefix")

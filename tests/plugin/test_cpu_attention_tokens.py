@@ -168,7 +168,9 @@ def expected(requests: list[Request]) -> list[list[int]]:
 @pytest.fixture
 def kernel_llm(llm_factory: LlmFactory) -> Iterator[LLM]:
     llm = llm_factory(str(SMALL_MODEL))
-    assert isinstance(runner_of(llm)._engine.cache, PackedKVCache), "the kernel is the default where it can be had"
+    assert isinstance(runner_of(llm)._engine.context.pages, PackedKVCache), (
+        "the kernel is the default where it can be had"
+    )
     yield llm
     assert free_blocks(llm) == usable_blocks(llm)
 
@@ -202,21 +204,21 @@ def test_preemption_changes_no_token(
 
 def test_torch_can_be_asked_for(llm_factory: LlmFactory, requests: list[Request], expected: list[list[int]]) -> None:
     llm = llm_factory(str(SMALL_MODEL), additional_config={"redvtp": {"attention": "torch"}})
-    assert isinstance(runner_of(llm)._engine.cache, PagedKVCache)
+    assert isinstance(runner_of(llm)._engine.context.pages, PagedKVCache)
     assert answers_of(llm, requests) == expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_served_from_the_kernel(dtype: str, llm_factory: LlmFactory, requests: list[Request]) -> None:
     llm = llm_factory(str(SMALL_MODEL), dtype=dtype)
-    assert isinstance(runner_of(llm)._engine.cache, PackedKVCache)
+    assert isinstance(runner_of(llm)._engine.context.pages, PackedKVCache)
     together = answers_of(llm, requests[:2])
     assert all(len(answer) == 24 for answer in together)
 
 
 def test_where_the_kernel_cannot_serve_torch_does(llm: LLM) -> None:
     """The golden checkpoints' heads are too narrow."""
-    assert isinstance(runner_of(llm)._engine.cache, PagedKVCache)
+    assert isinstance(runner_of(llm)._engine.context.pages, PagedKVCache)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_other_block_sizes_are_torchs(
     llm_factory: LlmFactory, requests: list[Request], expected: list[list[int]]
 ) -> None:
     llm = llm_factory(str(SMALL_MODEL), block_size=16)
-    assert isinstance(runner_of(llm)._engine.cache, PagedKVCache)
+    assert isinstance(runner_of(llm)._engine.context.pages, PagedKVCache)
     assert answers_of(llm, requests[:3]) == expected[:3]
 
 

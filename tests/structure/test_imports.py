@@ -18,7 +18,8 @@ SOURCES = {"redvtp": ROOT / "engine" / "redvtp", "vllm_redvtp": ROOT / "vllm_red
 # Names on one line are sisters: they do not import each other.
 ORDER = {
     "redvtp": (
-        ("params", "errors", "reports", "clock"),
+        ("presets", "errors", "reports", "clock"),
+        ("params",),
         ("kv", "vision"),
         ("attention", "prompt"),
         ("families",),

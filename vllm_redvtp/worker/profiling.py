@@ -14,7 +14,7 @@ from redvtp.kv.pages import KVPages
 from redvtp.models.dvlm import TILES_AT_ONCE, Dvlm
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
-from redvtp.pruning.policy import policy_of
+from redvtp.pruning.resolve import policy_of
 from redvtp.vision.tiling import image_mode
 from vllm_redvtp.knobs import vision_cache_bytes
 from vllm_redvtp.worker.kv_cache import make_pages

@@ -1,57 +1,65 @@
-"""What attention must know about a packed batch: which rows belong to whom, and where each sequence's keys are.
+"""What an attention backend is: `prepare` once for each packed forward, then `write`, `attend`, `score` in each layer.
 
-Tokens of all sequences lie one after another, without padding. A sequence in a full step brings all its keys with it;
-one in a response step brings the keys of its canvas and reads the rest from its pages.
+    attend = backend.prepare(layout)
+    for each layer:
+        attend.write(layer, key, value)
+        output = attend.attend(layer, query, key, value)
+        attend.score(layer, query, key)
+
+The model sees none of this. It is given one function for the attention of a layer, see `LayerAttention`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from redvtp.attention.scores import AttentionScores
+from redvtp.attention.layout import Layout
+
+# (layer, query [rows, heads, head_dim], key, value [rows, kv_heads, head_dim], rotary positions applied)
+# -> [rows, heads, head_dim]. What the model calls in every layer.
+LayerAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """One sequence of a packed batch.
+class PreparedAttention(Protocol):
+    """Attention of one packed forward: bidirectional, each sequence to itself only.
 
-    start, end: its rows in the packed tensors.
-    write_slots: [end - start] int64, where its new keys and values go; None when the backend shall not write them.
-    read_slots: [kv_tokens] int64, where all its keys and values are after the write; None when its own rows are all of
-    them.
-    scores: filled by attention in the layers it names, when this step scores visual tokens.
+    query: [rows, heads, head_dim]; key, value: [rows, kv_heads, head_dim], rotary positions applied.
     """
 
-    start: int
-    end: int
-    write_slots: Tensor | None
-    read_slots: Tensor | None = None
-    scores: AttentionScores | None = None
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Store the packed keys and values in the pages, as Layout.write_slots says."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[rows, heads, head_dim]. Pages hold this layer's keys by now."""
+
+    def score(self, layer: int, query: Tensor, key: Tensor) -> None:
+        """Add this layer to each of Layout.scores that counts it."""
 
 
-def written_slots(segments: list[Segment]) -> Tensor | None:
-    """[tokens] int64, where the packed keys and values of a forward go; None when it writes no pages. Raises ValueError
-    when some segments do and some do not."""
-    slots = [segment.write_slots for segment in segments if segment.write_slots is not None]
-    if slots and len(slots) != len(segments):
-        raise ValueError("either all segments of a forward write pages or none does")
-    return torch.cat(slots) if slots else None
+class AttentionBackend(Protocol):
+    """One way to compute attention over the pages of one cache.
 
-
-class Attention(Protocol):
-    """Attention of one step: bidirectional, each sequence to itself only.
-
-    query: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim], rotary positions applied.
-    Returns [tokens, heads, head_dim].
+    name: what users call it.
+    batch_invariant: whether a sequence's output is bit for bit the same whatever its neighbours in the batch are.
     """
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    name: str
+    batch_invariant: bool
+
+    def prepare(self, layout: Layout) -> PreparedAttention:
+        """What does not depend on the layer, worked out once."""
 
 
-# A backend over its pages: the segments and the scale of one forward, or of some of its layers, to their attention.
-MakeAttention = Callable[[list[Segment], float], Attention]
+def layer_attention(prepared: PreparedAttention) -> LayerAttention:
+    """The three calls of a layer as one function for the model."""
+
+    def attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        prepared.write(layer, key, value)
+        output = prepared.attend(layer, query, key, value)
+        prepared.score(layer, query, key)
+        return output
+
+    return attention

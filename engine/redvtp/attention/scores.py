@@ -77,15 +77,3 @@ class AttentionScores:
         """[rows, visual] float32, [1, visual] where they are averaged: this rank's share; sum it over tensor-parallel
         ranks before use."""
         return self._sum
-
-
-def masked_row_importance(attention: Tensor, still_masked: Tensor) -> Tensor:
-    """Importance of each visual token to the response that is still undecided (RedVTP, section 3).
-
-    attention: [rows, visual] float32, mean over layers and heads. still_masked: [rows] bool, masked after this step's
-    commit.
-    Returns [visual] float32. Raises ValueError when no row is masked: nothing is left to decide, so do not prune.
-    """
-    if not bool(still_masked.any()):
-        raise ValueError("no response row is masked; there is nothing left to prune for")
-    return attention[still_masked].mean(0)

@@ -197,7 +197,19 @@ class Canvas:
         for stop in self._stops:
             # A match may reach past the present stop, but only one that starts before it moves the stop.
             limit = len(ids) if self._stop_at is None else self._stop_at
-            for start in range(limit):
-                if ids[start] == stop[0] and tuple(ids[start : start + len(stop)]) == stop:
-                    self._stop_at, self._stop_length = start, len(stop)
-                    break
+            start = _first_match(ids, stop, limit)
+            if start is not None:
+                self._stop_at, self._stop_length = start, len(stop)
+
+
+def _first_match(ids: list[int], stop: tuple[int, ...], limit: int) -> int | None:
+    """Where `stop` first stands in ids, before `limit`."""
+    start = -1
+    while True:
+        try:
+            # list.index looks through thousands of ids in microseconds.
+            start = ids.index(stop[0], start + 1, limit)
+        except ValueError:
+            return None
+        if tuple(ids[start : start + len(stop)]) == stop:
+            return start

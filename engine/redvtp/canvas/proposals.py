@@ -1,32 +1,32 @@
-"""What a step proposes for each masked position, how sure it is, and which proposals it commits.
+"""What a step proposes for each masked position, and how sure it is.
 
-Confidence is computed for the whole batch in one pass over the logits; the choice is made request by request on a
-handful of numbers.
+Logits come in parts of LOGIT_BYTES, and what is float64 is made for FLOAT64_BYTES at once, so a step's memory does not
+grow with the canvas. Noise is drawn from each request's generator row by row, whatever the parts are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from redvtp.canvas.remasking import RULES, Rule, rule_of
+
 # float64: two candidates that differ in the last float32 bit swap places, and with them every later step (LLaDA-V does
 # the same).
 CONFIDENCE_DTYPE = torch.float64
-# Rows of float64 logits held at once: 64 rows of a 126k vocabulary are 64 MB.
-ROWS_AT_ONCE = 64
-
-
-# Keeps the logarithm of a probability that underflowed finite (LaViDa's number).
-_TINY = 1e-10
+# Bytes of float32 logits held at once: 256 rows of a 126k vocabulary.
+LOGIT_BYTES = 128 << 20
+# Bytes of one float64 tensor: 32 rows of that vocabulary. Drawing noise takes two, probabilities two.
+FLOAT64_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one request chooses, see DenoisingParams. generator: its own, for all that is random."""
+    """How one request chooses, see DenoisingParams. generator: draws everything that is random in it."""
 
     temperature: float
     remasking: str
@@ -37,8 +37,10 @@ class Choice:
 class Proposals:
     """One proposal for each masked row.
 
-    tokens: [rows] int64 on the CPU, the proposed token id.
-    confidence: [rows] float64 on the CPU, the highest is committed first.
+    tokens: [rows] int64, the proposed token id.
+    confidence: [rows] float64, the highest is committed first.
+
+    Both are on the device of the logits, so that tensor-parallel ranks can exchange them.
     """
 
     tokens: Tensor
@@ -68,77 +70,77 @@ def gumbel_perturbed(logits: Tensor, temperature: float, generator: torch.Genera
     gives the same answer on every device and every tensor-parallel rank.
     """
     noise = torch.rand(logits.shape, generator=generator, dtype=CONFIDENCE_DTYPE).clamp_min_(1e-300)
-    return logits.to(CONFIDENCE_DTYPE) - temperature * (-noise.log()).log().to(logits.device)
+    noise.log_().neg_().log_().mul_(temperature)
+    return logits.to(CONFIDENCE_DTYPE, copy=True).sub_(noise.to(logits.device))
 
 
 def propose(logits: Tensor, vocab: int, choices: list[Choice], rows: list[int]) -> Proposals:
     """Proposals of a batch of requests.
 
-    logits: [sum(rows), vocab or more] float32, suppressed ids at -inf; request i owns rows[i] of them, in order.
+    logits: [sum(rows), vocab or more] float32, suppressed ids at -inf; request i has rows[i] of them, in order.
     vocab: ids from here on are never proposed, though they take their share of every probability.
     """
-    tokens = logits[:, :vocab].argmax(-1)
-    starts = [0, *accumulate(rows)]
-    drawing = [index for index, choice in enumerate(choices) if choice.temperature > 0 and rows[index]]
-    for group in _grouped(drawing, rows):
-        perturbed = [
-            gumbel_perturbed(logits[starts[i] : starts[i + 1], :vocab], choices[i].temperature, choices[i].generator)
-            for i in group
-        ]
-        found = torch.cat(perturbed).argmax(-1).split([rows[i] for i in group])
-        for i, ids in zip(group, found, strict=True):
-            tokens[starts[i] : starts[i + 1]] = ids
-    kinds = [choice.remasking for choice, count in zip(choices, rows, strict=True) for _ in range(count)]
-    sure = _confidence(logits, tokens, kinds)
-    for choice, start, end in zip(choices, starts, starts[1:], strict=False):
-        if choice.remasking == "random":
-            sure[start:end] = torch.rand(end - start, generator=choice.generator, dtype=CONFIDENCE_DTYPE)
-    return Proposals(tokens.cpu(), sure)
+    return propose_in_parts(lambda part: logits[part], logits.shape[1], vocab, choices, rows)
 
 
-def _grouped(indices: list[int], rows: list[int]) -> Iterator[list[int]]:
-    """`indices` in groups of about ROWS_AT_ONCE rows."""
-    group: list[int] = []
-    for index in indices:
-        group.append(index)
-        if sum(rows[i] for i in group) >= ROWS_AT_ONCE:
-            yield group
-            group = []
-    if group:
-        yield group
+def propose_in_parts(
+    logits_of: Callable[[slice], Tensor], width: int, vocab: int, choices: list[Choice], rows: list[int]
+) -> Proposals:
+    """`propose` for logits that are computed when they are needed.
 
-
-def _confidence(logits: Tensor, tokens: Tensor, kinds: list[str]) -> Tensor:
-    """[rows] float64 on the CPU, of the proposals `tokens` [rows], each measured in its own way; 0 for `random`."""
-    measured = sorted(set(kinds) - {"random"})
-    if not measured:
-        return torch.zeros(len(kinds), dtype=CONFIDENCE_DTYPE)
-    found = torch.zeros(len(kinds), dtype=CONFIDENCE_DTYPE, device=logits.device)
-    for start in range(0, len(kinds), ROWS_AT_ONCE):
-        chunk = slice(start, start + ROWS_AT_ONCE)
-        probabilities = logits[chunk].to(CONFIDENCE_DTYPE).softmax(-1)
-        if len(measured) == 1 and "random" not in kinds[chunk]:
-            found[chunk] = confidence(probabilities, tokens[chunk], measured[0])
-            continue
-        for kind in measured:
-            own = torch.tensor([row for row, of in enumerate(kinds[chunk]) if of == kind], dtype=torch.int64)
-            own = own.to(logits.device)
-            found[chunk][own] = confidence(probabilities[own], tokens[chunk][own], kind)
-    return found.cpu()
-
-
-def confidence(probabilities: Tensor, tokens: Tensor, remasking: str) -> Tensor:
-    """How sure the model is, [rows] float64 (reference: LaViDa; `low_confidence`: LLaDA).
-
-    probabilities: [rows, vocab] float64. tokens: [rows], the proposals. remasking: `low_confidence` is the proposal's
-    probability, `entropy` the negative entropy of the whole row, `margin` the distance of the two best.
+    logits_of: a slice of the rows -> their logits [rows, width].
     """
-    if remasking == "entropy":
-        return (probabilities * (probabilities + _TINY).log()).sum(-1)
-    if remasking == "margin":
-        best, second = probabilities.topk(2, dim=-1).values.unbind(-1)
-        return best - second
-    return probabilities.gather(-1, tokens[:, None])[:, 0]
+    logit_rows, rows_at_once = max(1, LOGIT_BYTES // (4 * width)), max(1, FLOAT64_BYTES // (8 * width))
+    owners = [index for index, count in enumerate(rows) for _ in range(count)]
+    tokens: list[Tensor] = []
+    confidence: list[Tensor] = []
+    for start in range(0, len(owners), logit_rows):
+        part = slice(start, min(start + logit_rows, len(owners)))
+        logits = logits_of(part)
+        for first in range(0, part.stop - start, rows_at_once):
+            chunk = logits[first : first + rows_at_once]
+            chosen = [choices[owner] for owner in owners[start + first : start + first + chunk.shape[0]]]
+            tokens.append(_proposed(chunk[:, :vocab], chosen))
+            confidence.append(_confidence(chunk, tokens[-1], [choice.remasking for choice in chosen]))
+    if not tokens:
+        return Proposals(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=CONFIDENCE_DTYPE))
+    sure = torch.cat(confidence)
+    start = 0
+    for choice, count in zip(choices, rows, strict=True):
+        if RULES[choice.remasking] is None and count:
+            # After all noise of the request, so that the parts do not change what its generator gives.
+            drawn = torch.rand(count, generator=choice.generator, dtype=CONFIDENCE_DTYPE)
+            sure[start : start + count] = drawn.to(sure.device)
+        start += count
+    return Proposals(torch.cat(tokens), sure)
+
+
+def _proposed(logits: Tensor, choices: list[Choice]) -> Tensor:
+    """[rows] int64, the best id of each row, after noise where its request has a temperature. choices: by row."""
+    tokens = logits.argmax(-1)
+    row = 0
+    for _, group in groupby(choices, key=id):
+        same = list(group)
+        end = row + len(same)
+        if same[0].temperature > 0:
+            tokens[row:end] = gumbel_perturbed(logits[row:end], same[0].temperature, same[0].generator).argmax(-1)
+        row = end
+    return tokens
+
+
+def _confidence(logits: Tensor, tokens: Tensor, names: list[str]) -> Tensor:
+    """[rows] float64, of the proposals `tokens` [rows], each by its row's rule; 0 where that draws at random."""
+    rules: dict[str, Rule] = {name: rule for name in dict.fromkeys(names) if (rule := rule_of(name)) is not None}
+    sure = torch.zeros(len(names), dtype=CONFIDENCE_DTYPE, device=logits.device)
+    if not rules:
+        return sure
+    probabilities = logits.to(CONFIDENCE_DTYPE).softmax(-1)
+    for name, measure in rules.items():
+        if len(set(names)) == 1:
+            return measure(probabilities, tokens)
+        rows = torch.tensor([row for row, of in enumerate(names) if of == name]).to(logits.device)
+        sure[rows] = measure(probabilities[rows], tokens[rows])
+    return sure
 
 
 def select(confidence: Tensor, count: int) -> Tensor:

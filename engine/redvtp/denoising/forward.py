@@ -1,100 +1,122 @@
-"""A forward in stages: the layers up to a cut run on all rows of a sequence, those behind it on the rows that go on.
+"""One pass of the model over a packed batch, in stages where rows leave on the way.
 
-Sequences of a batch may be cut behind different layers, or not at all. Each stage is one packed forward over a stretch
-of layers, with segments, positions and slots of its own; where nothing is cut there is one stage.
+The layers up to an exit run on all rows of a sequence, those behind it on the rows that go on. Sequences of a batch may
+have exits behind different layers, or none. Each stage is one packed forward over a stretch of layers with a layout of
+its own; without exits there is one stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from redvtp.attention.interface import Attention, Segment
+from redvtp.attention.interface import LayerAttention
+from redvtp.attention.layout import Layout, Span
+from redvtp.denoising.packing import Packed
 from redvtp.models.transformer import Transformer
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
-    """How a sequence goes on behind its cut.
+class Continuation:
+    """How a sequence goes on behind its exit layer.
 
-    rows: [rows] int64, ascending, those of its own rows that go on. positions: [rows] int64, theirs from here on.
-    write_slots, read_slots: see `Segment`. What a segment scores it has scored in the layers in front of its cut.
+    rows: [rows] int64, ascending, those of its packed rows that go on.
+    positions: [rows] int64, theirs from here on.
+    write_slots: [rows] int64, where their keys and values go. None where the forward writes no pages.
+    kv_length, reads_pages, kv_rows: see `Span`.
     """
 
     rows: Tensor
     positions: Tensor
     write_slots: Tensor | None
-    read_slots: Tensor | None
+    kv_length: int
+    reads_pages: bool
+    kv_rows: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class ForwardOutput:
     """What a forward put out.
 
-    hidden: [rows, hidden], those that went through all layers. segments: whose rows they are. row_layers: for each
-    segment the sum of its rows over the layers.
+    hidden: [rows, hidden], the rows that went through all layers, before the final norm.
+    spans: whose rows they are.
+    row_layers: for each sequence the number of its rows, summed over the layers.
     """
 
     hidden: Tensor
-    segments: list[Segment]
+    spans: tuple[Span, ...]
     row_layers: list[int]
 
 
-# The rest of each of these sequences, asked for when the layer behind which they are cut has run.
-Shorten = Callable[[list[int], list[Segment]], list[Rest]]
+# Asked when a layer has run behind which sequences leave: their indices -> how each goes on.
+Leave = Callable[[list[int]], list[Continuation]]
 
 
-def run_in_stages(
+def run_forward(
     model: Transformer,
-    hidden: Tensor,
-    positions: Tensor,
-    segments: list[Segment],
-    attention: Callable[[list[Segment]], Attention],
-    cuts: Mapping[int, int],
-    shorten: Shorten,
-) -> Passed:
-    """hidden [tokens, hidden] through all layers.
+    packed: Packed,
+    attention: Callable[[Layout], LayerAttention],
+    exits: Mapping[int, int] | None = None,
+    leave: Leave | None = None,
+) -> ForwardOutput:
+    """A packed batch through all layers.
 
-    positions: [tokens] int64. attention: makes that of a stage, over its segments. cuts: {index of a segment: the layer
-    behind which it is cut}. shorten: for indices of `cuts` and the segments of the stage that has ended.
+    attention: makes the attention of a stage from its layout.
+    exits: {index of a sequence: the layer behind which rows of it leave}.
     """
-    row_layers = [0] * len(segments)
+    hidden, positions, layout = packed.hidden, packed.positions, packed.layout
+    exits = exits or {}
+    row_layers = [0] * len(layout.spans)
     first = 0
-    for cut in sorted({*cuts.values(), len(model.layers) - 1}):
-        stage = range(first, cut + 1)
-        hidden = model(hidden, positions, attention(segments), stage)
-        for index, segment in enumerate(segments):
-            row_layers[index] += len(stage) * (segment.end - segment.start)
-        leaving = [index for index, layer in cuts.items() if layer == cut]
+    for last in sorted({*exits.values(), len(model.layers) - 1}):
+        stage = range(first, last + 1)
+        hidden = model(hidden, positions, attention(layout), stage)
+        for index, span in enumerate(layout.spans):
+            row_layers[index] += len(stage) * span.rows
+        leaving = [index for index, layer in exits.items() if layer == last]
         if leaving:
-            rests = dict(zip(leaving, shorten(leaving, segments), strict=True))
-            hidden, positions, segments = _shortened(hidden, positions, segments, rests)
-        first = cut + 1
-    return Passed(hidden, segments, row_layers)
+            assert leave is not None
+            continuations = dict(zip(leaving, leave(leaving), strict=True))
+            hidden, positions, layout = _without_leaving(hidden, positions, layout, continuations)
+        first = last + 1
+    return ForwardOutput(hidden, layout.spans, row_layers)
 
 
-def _shortened(
-    hidden: Tensor, positions: Tensor, segments: list[Segment], rests: Mapping[int, Rest]
-) -> tuple[Tensor, Tensor, list[Segment]]:
-    """The packed tensors and their layout, without the rows that the sequences of `rests` leave behind."""
+def _without_leaving(
+    hidden: Tensor, positions: Tensor, layout: Layout, continuations: Mapping[int, Continuation]
+) -> tuple[Tensor, Tensor, Layout]:
+    """The packed tensors and their layout without the rows that leave."""
     rows: list[Tensor] = []
     places: list[Tensor] = []
-    packed: list[Segment] = []
-    end = 0
-    for index, segment in enumerate(segments):
-        rest = rests.get(index)
-        start, end = end, end + (segment.end - segment.start if rest is None else rest.rows.numel())
-        if rest is None:
-            rows.append(torch.arange(segment.start, segment.end, device=hidden.device))
-            places.append(positions[segment.start : segment.end])
-            packed.append(replace(segment, start=start, end=end))
+    written: list[Tensor | None] = []
+    spans: list[Span] = []
+    for index, span in enumerate(layout.spans):
+        going = continuations.get(index)
+        start = spans[-1].end if spans else 0
+        own = slice(span.start, span.end)
+        if going is None:
+            rows.append(torch.arange(span.start, span.end, device=hidden.device))
+            places.append(positions[own])
+            written.append(None if layout.write_slots is None else layout.write_slots[own])
+            kept = Span(start, start + span.rows, span.kv_length, span.reads_pages, span.kv_rows, span.write_end)
         else:
-            rows.append(segment.start + rest.rows)
-            places.append(rest.positions)
-            packed.append(
-                replace(segment, start=start, end=end, write_slots=rest.write_slots, read_slots=rest.read_slots)
-            )
-    return hidden.index_select(0, torch.cat(rows)), torch.cat(places), packed
+            rows.append(span.start + going.rows)
+            places.append(going.positions)
+            written.append(going.write_slots)
+            end = start + going.rows.numel()
+            kept = Span(start, end, going.kv_length, going.reads_pages, going.kv_rows, going.kv_length)
+        spans.append(kept)
+    slots = [part for part in written if part is not None]
+    shorter = Layout(
+        tuple(spans),
+        layout.block_tables,
+        layout.slots,
+        layout.block_size,
+        torch.cat(slots) if slots else None,
+        # A sequence that left has been scored in the layers in front of its exit.
+        tuple(entry for entry in layout.scores if entry[0] not in continuations),
+    )
+    return hidden.index_select(0, torch.cat(rows)), torch.cat(places), shorter

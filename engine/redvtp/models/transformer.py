@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from redvtp.attention.interface import Attention
+from redvtp.attention.interface import LayerAttention
 from redvtp.kv.rotary import Rotary, apply_rotary
 
 # How each linear of a layer splits over tensor-parallel ranks, by its leaf name.
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: LayerAttention) -> Tensor:
         tokens = hidden.shape[0]
         query = apply_rotary(self.q_proj(hidden).view(tokens, -1, self.head_dim), cos, sin)
         key = apply_rotary(self.k_proj(hidden).view(tokens, -1, self.head_dim), cos, sin)
@@ -114,7 +114,7 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = GatedMlp(shape)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: LayerAttention) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, layer, attention)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output
@@ -131,7 +131,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta)
 
-    def forward(self, hidden: Tensor, positions: Tensor, attention: Attention, layers: range | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor, attention: LayerAttention, layers: range | None = None) -> Tensor:
         """hidden [tokens, hidden] input embeddings, positions [tokens] -> [tokens, hidden], before the final norm.
 
         layers: a stretch of the layers; all but the first one take what another stretch has put out.

@@ -1,4 +1,6 @@
-"""Importance of visual tokens before the language model has looked at any: how much each adds to what all of them say.
+"""Importance of visual tokens: from the attention of canvas rows, or from their features alone.
+
+`feature_importance` says how much each token adds to what all of them say.
 
 After FlashVLA (arXiv 2505.21200, information contribution): write the features of all visual tokens as F = U S W' and
 ask how much of each token lies along the leading directions W. The paper sums |u s| over them, on a layer's attention
@@ -41,3 +43,15 @@ def feature_importance(features: Tensor) -> Tensor:
     _, _, turned = torch.linalg.svd(torch.linalg.qr(projected).R)
     lengths: Tensor = (projected @ turned[:directions].T).norm(dim=-1)
     return lengths.cpu()
+
+
+def masked_row_importance(attention: Tensor, still_masked: Tensor) -> Tensor:
+    """Importance of each visual token to the response that is still undecided (RedVTP, section 3).
+
+    attention: [rows, visual] float32, mean over layers and heads. still_masked: [rows] bool, masked after this step's
+    commit.
+    Returns [visual] float32. Raises ValueError when no row is masked: nothing is left to decide, so do not prune.
+    """
+    if not bool(still_masked.any()):
+        raise ValueError("no response row is masked; there is nothing left to prune for")
+    return attention[still_masked].mean(0)
