@@ -109,11 +109,14 @@ class Canvas:
 
         Positions of earlier blocks are among them when the model proposed the mask id there.
         """
-        end = self.block_end
-        if self._stop_at is not None:
-            end = min(end, self._stop_at)
-        rows = self.masked()[:end].nonzero()[:, 0]
-        return rows[rows >= start]
+        end = self._candidates_end
+        rows = (self.tokens[start:end] == self.mask_id).nonzero()[:, 0]
+        return rows + start if start else rows
+
+    @property
+    def _candidates_end(self) -> int:
+        """The end of the active block, or the stop before it."""
+        return self.block_end if self._stop_at is None else min(self.block_end, self._stop_at)
 
     def tokens_to_commit(self) -> int:
         """Size of the next commit, by the schedule of the active block; the least it is with an acceptance rule."""
@@ -158,11 +161,10 @@ class Canvas:
         A stop sequence is included, nothing after it is. Ids never change once returned.
         """
         end = self.gen_length if self._stop_at is None else self._stop_at + self._stop_length
-        undecided = self.masked()[:end].nonzero()
-        if not self.finished and undecided.numel():
-            end = int(undecided[0, 0])
         growth: list[int] = self.tokens[self._emitted : end].tolist()
-        self._emitted = max(self._emitted, end)
+        if not self.finished and self.mask_id in growth:
+            del growth[growth.index(self.mask_id) :]
+        self._emitted += len(growth)
         return growth
 
     @property
@@ -184,10 +186,11 @@ class Canvas:
         return block_counts(undecided, self._steps[self.block], self._schedule)
 
     def _skip_decided_blocks(self) -> None:
-        if self._stop_at is not None and not bool(self.masked()[: self._stop_at].any()):
+        ids: list[int] = self.tokens.tolist()
+        if self._stop_at is not None and self.mask_id not in ids[: self._stop_at]:
             self._block = len(self._bounds)
             return
-        while not self.finished and self.masked_rows(self.block_start).numel() == 0:
+        while not self.finished and self.mask_id not in ids[self.block_start : self._candidates_end]:
             self._block, self._step_in_block = self._block + 1, 0
 
     def _find_stop(self) -> None:

@@ -46,9 +46,11 @@ def logit_rows(step: SequenceStep, span: Span, canvas_rows: Tensor) -> Tensor:
     """The packed rows whose logits are about `canvas_rows` ([rows] int64, at or behind the plan's first candidate)."""
     sequence = step.sequence
     # Counted from the end: rows of the prompt may have left on the way.
-    rows = span.end - (step.plan.end_row - sequence.prompt.length) + canvas_rows
+    first = span.end - (step.plan.end_row - sequence.prompt.length)
+    if not sequence.shifted_logits:
+        return canvas_rows + first
     # Row 0 has no predecessor in a canvas that is computed without the prompt; use the row itself.
-    return (rows - int(sequence.shifted_logits)).clamp(min=span.start)
+    return (canvas_rows + (first - 1)).clamp(min=span.start)
 
 
 def _vocabulary(context: Context) -> int:
@@ -60,6 +62,9 @@ def _vocabulary(context: Context) -> int:
 def _commit_one(context: Context, step: SequenceStep, rows: Tensor, tokens: Tensor) -> None:
     """Commit `tokens` at canvas positions `rows`, and note which rows' attention counts from now on."""
     canvas = step.sequence.canvas
+    if step.plan.share is None and step.scores is None:
+        canvas.commit(rows, tokens)
+        return
     before = canvas.masked()
     canvas.commit(rows, tokens)
     # A committed row is decided even if the model proposed the mask id for it; some families see that otherwise.

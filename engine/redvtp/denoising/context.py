@@ -76,7 +76,7 @@ class SequenceStep:
     scores: attention of its rows to the visual tokens. Set by `forward`; None where it is not measured.
     exit: set by `forward` where rows left on the way.
     counting: [gen_length] bool, canvas rows whose attention counts. Set by `commit`; None where nothing is scored.
-    undecided: whether the canvas has a position left that is worth scoring for. Set by `commit`.
+    undecided: whether the canvas has a position left that is worth pruning for. Set by `commit` where that matters.
     pruning: what was dropped. Set by `prune`.
     """
 

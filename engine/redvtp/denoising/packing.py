@@ -23,8 +23,8 @@ from redvtp.models.dvlm import Dvlm
 class Part:
     """One sequence's rows in a packed forward.
 
-    prompt_embeds: [prompt rows, hidden].
-    prompt_positions: [prompt rows] int64.
+    prompt_embeds: [prompt rows, hidden]; None without any.
+    prompt_positions: [prompt rows] int64; None without any.
     ids: [ids] int64 on the CPU, of the canvas and suffix rows behind them.
     ids_position: position of the first of those.
     block_table: the sequence's blocks.
@@ -35,8 +35,8 @@ class Part:
     scores: filled while the layers run.
     """
 
-    prompt_embeds: Tensor
-    prompt_positions: Tensor
+    prompt_embeds: Tensor | None
+    prompt_positions: Tensor | None
     ids: Tensor
     ids_position: int
     block_table: list[int]
@@ -48,7 +48,7 @@ class Part:
 
     @property
     def rows(self) -> int:
-        return self.prompt_embeds.shape[0] + self.ids.numel()
+        return (0 if self.prompt_embeds is None else self.prompt_embeds.shape[0]) + self.ids.numel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def pack(parts: Many[Part], model: Dvlm, block_size: int) -> Packed:
     rows: list[Tensor] = []
     positions: list[Tensor] = []
     for part, response in zip(parts, embedded, strict=True):
-        if part.prompt_embeds.shape[0]:
+        if part.prompt_embeds is not None and part.prompt_positions is not None:
             rows.append(part.prompt_embeds)
             positions.append(part.prompt_positions)
         rows.append(response)

@@ -214,9 +214,10 @@ def _part(step: SequenceStep) -> Part:
     """What a step computes, as packing takes it."""
     sequence, plan, prompt = step.sequence, step.plan, step.sequence.prompt
     first, end = max(0, plan.first_row - prompt.length), plan.end_row - prompt.length
+    computes_prompt = plan.first_row < prompt.length
     return Part(
-        prompt.embeds[plan.first_row :],
-        prompt.positions[plan.first_row :],
+        prompt.embeds[plan.first_row :] if computes_prompt else None,
+        prompt.positions[plan.first_row :] if computes_prompt else None,
         sequence.response_ids()[first:end],
         prompt.canvas_position + first,
         sequence.block_table,

@@ -131,7 +131,9 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta)
 
-    def forward(self, hidden: Tensor, positions: Tensor, attention: LayerAttention, layers: range | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions: Tensor, attention: LayerAttention, layers: range | None = None
+    ) -> Tensor:
         """hidden [tokens, hidden] input embeddings, positions [tokens] -> [tokens, hidden], before the final norm.
 
         layers: a stretch of the layers; all but the first one take what another stretch has put out.
