@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from redvtp.checkpoint.config import DvlmConfig, load_config
-from redvtp.cli.flags import BadInput
-from redvtp.cli.main import EngineOptions, refusing
+from redvtp.cli.main import EngineOptions
+from redvtp.errors import BadInput, refusing
 from redvtp.local import Request
 from redvtp.models.loading import check_weight_files
 from redvtp.prompt import load_tokenizer, special_tokens

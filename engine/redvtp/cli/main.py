@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from redvtp.cli.flags import BadInput, check_outputs, check_picture, params_of, parse, positive
+from redvtp.cli.flags import check_outputs, check_picture, params_of, parse, positive
+from redvtp.errors import BadInput
+from redvtp.errors import refusing as refusing
 
 if TYPE_CHECKING:
     from redvtp.local import Request
@@ -97,15 +98,6 @@ def _read_json(path: Path) -> Any:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from error
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Within it, a ValueError is the user's to mend. Outside, it is a bug and keeps its traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise BadInput(str(error)) from error
 
 
 def local_engine(options: EngineOptions, request: Request) -> Trace:
