@@ -14,9 +14,9 @@ import torch
 
 from redvtp.attention.interface import MakeAttention
 from redvtp.attention.torch_paged import TorchPagedAttention
-from redvtp.checkpoint.config import DvlmConfig
+from redvtp.families.config import DvlmConfig
 from redvtp.kv.pages import KVPages, PagedKVCache
-from vllm_redvtp.hook import engine_config
+from vllm_redvtp.engine_config import engine_config
 from vllm_redvtp.knobs import attention_asked
 
 if TYPE_CHECKING:

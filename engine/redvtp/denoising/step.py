@@ -210,7 +210,7 @@ class DenoisingRunner:
         passed = self._run(
             batch, rows, positions, segments, self._attention, cuts, lambda indices, _: [rests[i] for i in indices]
         )
-        if self.model.config.family.shifted_logits:
+        if self.model.config.family.sampler.shifted_logits:
             ends = [segment.end for segment in passed.segments]
             last = self._logits(passed.hidden[torch.tensor(ends, device=self.model.device) - 1])
             first = self._agree(last[:, : self.special.vocab].argmax(-1))
@@ -230,7 +230,7 @@ class DenoisingRunner:
         still_masked: list[Tensor] = []
         counting: list[Tensor] = []
         for sequence, before, committed in zip(batch, undecided, self._commit(batch, packed), strict=True):
-            if self.model.config.family.scores_proposed_masks:
+            if self.model.config.family.sampler.scores_proposed_masks:
                 after = sequence.canvas.masked()
             else:
                 # A committed row is decided even if the model proposed the mask id for it.
@@ -346,9 +346,9 @@ class DenoisingRunner:
     def _logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits of hidden rows [rows, hidden], ids that have no chance at -inf."""
         config = self.model.config
-        vocab = config.vocab_size if config.family.counts_surplus_rows else self.special.vocab
+        vocab = config.vocab_size if config.family.sampler.counts_surplus_rows else self.special.vocab
         logits = suppress(self.model.language_model.logits(hidden, vocab), self.special.suppressed)
-        return keep_best(logits, config.family.top_k)
+        return keep_best(logits, config.family.sampler.top_k)
 
     def _commit(self, batch: list[Sequence], packed: PackedStep) -> list[Tensor]:
         """Propose for every candidate of the batch at once, commit what each sequence chooses; the committed canvas
