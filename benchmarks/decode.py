@@ -32,7 +32,6 @@ from redvtp.evaluation.grid import OWN_BUDGET
 from redvtp.local import DTYPES, Generation, LocalEngine, Request
 from redvtp.params import CACHES, PRESETS, DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.vision.tiling import image_mode, tile_image
 
 QUESTION = "What is shown in the picture?"
 OWN_CACHES = {"llada-v": ["prefix"], "lavida": ["prefix_lm"]}
@@ -253,8 +252,7 @@ def _row(engine: LocalEngine, setting: Setting, seen: Measured, dense: Measured)
 def _flops(engine: LocalEngine, seen: Measured) -> int:
     assert seen.generation is not None
     images = seen.request.images
-    mode = image_mode(engine.config, len(images))
-    tiles = sum(int(tile_image(image, engine.config, mode.mode).shape[0]) for image in images)
+    tiles = sum(item.inputs().shape[0] for item in engine.config.vision.items(images))
     return request_flops(engine.config, seen.generation, engine.special.mask_id, tiles)
 
 

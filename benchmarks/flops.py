@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from redvtp.checkpoint.config import DvlmConfig
+from redvtp.families.config import DvlmConfig
 from redvtp.local import Generation
 from redvtp.reports import StepReport
+from redvtp.vision.path import TiledVision
 
 # Policies that choose without looking at attention.
 UNSCORED = frozenset({"none", "random", "uniform", "attention-free", "external"})
@@ -57,7 +58,7 @@ def forwards(config: DvlmConfig, generation: Generation, mask_id: int) -> Iterat
         if denoising.cache == "prefix_lm" and step is first:
             prompt, rows = rows - response, response
             withdrawn = _share(held - response - prompt, visual)
-            decided = int(config.family.shifted_logits)
+            decided = int(config.family.sampler.shifted_logits)
             # The prompt's last row says what the first canvas token is.
             canvas[:decided] = [-1] * decided
             yield Forward(prompt, layers * _pairs(held - response, None, visual, withdrawn), 0, decided)
@@ -113,10 +114,12 @@ def forward_flops(config: DvlmConfig, forward: Forward) -> float:
 
 def vision_flops(config: DvlmConfig, tiles: int) -> int:
     """Tower (the layers that are run) and projector."""
-    tower, width = config.tower, config.tower.hidden_size
+    vision = config.vision
+    assert isinstance(vision, TiledVision)
+    tower, width = vision.tower, vision.tower.hidden_size
     patches = tower.side**2
     embedding = 2 * 3 * tower.patch_size**2 * width
     layer = 2 * (4 * width * width + 2 * width * tower.intermediate_size) + 4 * patches * width
-    layers = tower.kept_layers(config.mm_vision_select_layer)
-    projector = 2 * (config.mm_hidden_size * config.hidden_size + config.hidden_size**2)
+    layers = tower.kept_layers(vision.select_layer)
+    projector = 2 * (width * config.hidden_size + config.hidden_size**2)
     return tiles * patches * (embedding + layers * layer + projector)

@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redvtp.families.family import family_of
-from redvtp.models.loading import checkpoint_name, rename
+from redvtp.families.llada_v import LLADA_V
+from redvtp.families.registry import family_of
+from redvtp.families.weights import WeightNames
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "ckpt"
 # The tiny checkpoint whose tokenizer and settings a family takes over.
@@ -67,9 +68,9 @@ def make_checkpoint(workdir: Path, shape: Shape) -> Path:
     (tower / "config.json").write_text(json.dumps({"vision_config": _tower_config(shape)}))
     config = _config(shape, tower.name)
     (folder / "config.json").write_text(json.dumps(config))
-    layout = family_of(config["architectures"]).layout
+    names = family_of(config).weights
     generator = torch.Generator().manual_seed(0)
-    tensors = {_renamed(tensor_name, layout): tensor for tensor_name, tensor in _tensors(shape, generator)}
+    tensors = {_renamed(tensor_name, names): tensor for tensor_name, tensor in _tensors(shape, generator)}
     save_file(tensors, folder / "model.safetensors")
     (folder / "complete").touch()
     return folder
@@ -96,7 +97,7 @@ def _config(shape: Shape, tower: str) -> dict[str, object]:
         "vocab_size": VOCAB,
         "max_position_embeddings": 16384,
     }
-    keys = family_of(config["architectures"]).keys
+    keys = family_of(config).keys
     vision = {
         "mm_hidden_size": shape.tower_hidden,
         "mm_vision_tower": tower,
@@ -106,10 +107,10 @@ def _config(shape: Shape, tower: str) -> dict[str, object]:
     return config | {keys.get(name, name): size for name, size in sizes.items()} | vision
 
 
-def _renamed(name: str, layout: str) -> str:
-    """A LLaDA-V tensor's name in another layout."""
-    ours = rename(name, "llama")
-    return name if ours is None else checkpoint_name(ours, layout)
+def _renamed(name: str, names: WeightNames) -> str:
+    """A LLaDA-V tensor's name in another family."""
+    ours = LLADA_V.weights.ours(name)
+    return name if ours is None else names.theirs(ours)
 
 
 def _tower_config(shape: Shape) -> dict[str, object]:

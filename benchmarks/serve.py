@@ -28,15 +28,13 @@ from PIL import Image
 from random_checkpoint import Shape, make_checkpoint, make_image
 from tqdm import tqdm
 
-from redvtp.checkpoint.config import load_config
 from redvtp.evaluation.table import aligned
 from redvtp.evaluation.tasks import read_tasks
+from redvtp.families.config import load_config
 from redvtp.kv.blocks import blocks_needed
 from redvtp.params import CACHES
-from redvtp.prompt import chat_prompt, load_tokenizer, split_prompt
+from redvtp.prompt import chat_prompt, split_prompt
 from redvtp.vision.images import open_image
-from redvtp.vision.merge import visual_token_count
-from redvtp.vision.tiling import image_mode
 
 QUESTION = "What is shown in the picture?"
 PERCENTILES = (50, 90, 99)
@@ -107,11 +105,11 @@ def _pictures(options: argparse.Namespace) -> Sequence[tuple[str, tuple[Image.Im
 
 
 def _prompt_tokens(model: Path, question: str, images: Sequence[Image.Image]) -> int:
-    config, tokenizer = load_config(model), load_tokenizer(model)
-    mode = image_mode(config, len(images))
-    text = chat_prompt(tokenizer, question, len(images), template=config.family.template)
-    pieces = split_prompt(tokenizer, text, len(images))
-    return sum(map(len, pieces)) + sum(visual_token_count(*image.size, config, mode) for image in images)
+    config = load_config(model)
+    tokenizer, template = config.family.load_tokenizer(model), config.family.template
+    text = chat_prompt(tokenizer, question, len(images), template=template)
+    pieces = split_prompt(tokenizer, text, len(images), template)
+    return sum(map(len, pieces)) + sum(config.vision.counts([image.size for image in images]))
 
 
 def _question(key: str, text: str, images: Sequence[Image.Image]) -> Question:

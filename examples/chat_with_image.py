@@ -148,7 +148,7 @@ def whole_answer(client: openai.OpenAI, model: str, arguments: argparse.Namespac
 
 def draw(target: Path, images: list[Path], model_dir: Path, report: dict[str, Any]) -> None:
     # Here, not above: without --heatmap this client needs nothing but openai, on whatever machine it runs.
-    from redvtp.checkpoint.config import load_config
+    from redvtp.families.config import load_config
     from redvtp.heatmap import draw_saved
     from redvtp.vision.images import open_image
 

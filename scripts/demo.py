@@ -26,9 +26,9 @@ from typing import Any
 import openai
 from PIL import Image
 
-from redvtp.checkpoint.config import load_config
 from redvtp.evaluation.server import data_url
 from redvtp.evaluation.tasks import Task, read_tasks
+from redvtp.families.config import load_config
 from redvtp.heatmap import draw_saved
 from redvtp.vision.images import open_image
 

@@ -1,4 +1,4 @@
-"""How vLLM must be set up for diffusion: Hugging Face config classes, and the hook that adjusts vLLM's own config.
+"""How vLLM must be set up for diffusion: the hook that adjusts its config.
 
 `DvlmModelConfig` sits in vLLM's MODELS_CONFIG_MAP and runs before workers, scheduler and tokenizers are chosen,
 once in every process that builds a config; engine and workers receive the finished one. What cannot work is refused
@@ -10,46 +10,18 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from transformers import PretrainedConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
-from redvtp.checkpoint.config import DvlmConfig
-from redvtp.families.family import FAMILIES
+from vllm_redvtp.engine_config import TOKENIZER_MODE, engine_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-TOKENIZER_MODE = "redvtp"
 # A multiple of 16 as paged attention kernels want it; small enough that a pruning frees blocks.
 BLOCK_SIZE = 32
 # KV cache on a CPU when the user names no size: so many longest requests, within so many bytes, but always one.
 CPU_KV_CACHE_REQUESTS = 8
 CPU_KV_CACHE_BYTES = 4 << 30
-
-
-class LlavaLladaConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """config.json of a LLaDA-V or LaViDa checkpoint as it stands; `engine_config` gives its meaning."""
-
-    model_type = "llava_llada"
-
-    def __init__(self, **kwargs: Any) -> None:
-        # vLLM asks for sizes under their usual names.
-        for architecture in kwargs.get("architectures") or ():
-            for ours, theirs in getattr(FAMILIES.get(architecture), "keys", {}).items():
-                if theirs in kwargs:
-                    kwargs.setdefault(ours, kwargs[theirs])
-        super().__init__(**kwargs)
-
-
-class LlavaDreamConfig(LlavaLladaConfig):  # type: ignore[no-untyped-call]
-    """The same for LaViDa with the Dream language model."""
-
-    model_type = "llava_dream"
-
-
-def engine_config(model_config: ModelConfig) -> DvlmConfig:
-    """The engine's view of the served checkpoint, `--hf-overrides` included. Raises ValueError if it cannot run it."""
-    return DvlmConfig.from_dict(model_config.hf_config.to_dict(), model_config.model)
 
 
 class DvlmModelConfig(VerifyAndUpdateConfig):

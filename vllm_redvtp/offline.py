@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from redvtp.checkpoint.config import DvlmConfig, load_config
-from redvtp.cli.flags import BadInput
-from redvtp.cli.main import EngineOptions, refusing
+from redvtp.cli.main import EngineOptions
+from redvtp.errors import BadInput, refusing
+from redvtp.families.config import DvlmConfig, load_config
 from redvtp.local import Request
 from redvtp.models.loading import check_weight_files
-from redvtp.prompt import load_tokenizer, special_tokens
 from redvtp.trace import Trace, trace_of_report
 from vllm_redvtp.quiet import environment, logs_on_stderr, start_up_noise
 
@@ -37,7 +36,7 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
     with refusing():
         # vLLM would refuse these too, seconds later and in other words.
         config = load_config(options.model)
-        special_tokens(load_tokenizer(options.model), config)
+        config.special_tokens(config.family.load_tokenizer(options.model))
         check_weight_files(options.model)
     if options.progress:
         print("starting vLLM ...", file=sys.stderr, flush=True)
@@ -105,7 +104,7 @@ def _trace(model: str, request: Request, output: RequestOutput) -> Trace:
         raise RuntimeError(f"vLLM could not answer: {completion.stop_reason or 'no reason given'}")
     report: Mapping[str, Any] = output.kv_transfer_params["redvtp"]
     last = report["trace"][-1]
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_config(model).family.load_tokenizer(model)
     suffix: list[int] = tokenizer.encode(request.denoising.suffix, add_special_tokens=False)
     output_ids = [*last["canvas"][: last["answer_length"]], *suffix]
     return trace_of_report(

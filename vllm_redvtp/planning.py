@@ -14,10 +14,9 @@ from vllm.sampling_params import SamplingParams
 
 from redvtp.canvas.draft import draft_tokens
 from redvtp.params import DenoisingParams
-from redvtp.prompt import special_tokens
 from redvtp.pruning.policy import Policy
 from redvtp.pruning.resolve import policy_for, policy_of
-from vllm_redvtp.hook import engine_config
+from vllm_redvtp.engine_config import engine_config
 from vllm_redvtp.knobs import (
     PREFIX,
     RequestParams,
@@ -69,7 +68,7 @@ class RequestPlanner:
 
     def __init__(self, vllm_config: VllmConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         config = engine_config(vllm_config.model_config)
-        self.special = special_tokens(tokenizer, config)
+        self.special = config.special_tokens(tokenizer)
         self._num_layers = config.num_hidden_layers
         self._tokenizer = tokenizer
         self._defaults = server_defaults(vllm_config)

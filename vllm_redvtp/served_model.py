@@ -1,7 +1,7 @@
-"""A family's model as vLLM's loader sees it: the engine's, its linears swapped where they are split or quantised.
+"""The engine's model as vLLM's loader sees it, its linears replaced where they are split or quantised.
 
-vLLM instantiates the class, streams weights into `load_weights` and asks it nothing afterwards: the forward pass
-belongs to `redvtp.denoising.step`, driven by `vllm_redvtp.worker.runner`. One class serves every architecture.
+vLLM instantiates the class and streams weights into `load_weights`. The forward pass belongs to
+`redvtp.denoising.step`, driven by `vllm_redvtp.worker.runner`. One class serves every architecture.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vllm.model_executor.models.transformers.utils import replace_linear_class
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from redvtp.models.dvlm import Dvlm
-from redvtp.models.loading import checkpoint_name, load_weights
+from redvtp.models.loading import load_weights
 from redvtp.prompt import IMAGE_MARK
+from vllm_redvtp.engine_config import engine_config
 from vllm_redvtp.frontend.processing import DvlmDummyInputs, DvlmProcessingInfo, DvlmProcessor
-from vllm_redvtp.hook import engine_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,13 +47,13 @@ class ServedDvlm(Dvlm, SupportsMultiModal):
 
         A checkpoint's quantisation names its layers as the checkpoint does, so each linear goes under that name.
         """
-        layout = self.config.family.layout
+        names = self.config.family.weights
         for index, layer in enumerate(self.language_model.layers):
             for part in ("self_attn", "mlp"):
                 module = layer.get_submodule(part)
                 for name, child in list(module.named_children()):
                     if isinstance(child, nn.Linear):
-                        weight = checkpoint_name(f"language_model.layers.{index}.{part}.{name}.weight", layout)
+                        weight = names.theirs(f"language_model.layers.{index}.{part}.{name}.weight")
                         path = weight.removesuffix(".weight")
                         swapped = replace_linear_class(child, cast(Any, self.TP_PLAN[name]), quant_config, prefix=path)
                         setattr(module, name, swapped)

@@ -1,7 +1,7 @@
 """A picture of a pruning: what the model kept looking at, what was dropped, and how each patch scored.
 
 Patches that lost their visual token are grey; the rest keep their colours. Over both lies a tint of the scores, from
-blue (looked at least) to red. Where an image has a coarse first tile and a fine grid, the fine token of a patch
+blue (looked at least) to red. Where an image has a coarse tile and a fine grid, the fine token of a patch
 decides; its grey is darker when the coarse token over it is gone too. `redvtp generate --heatmap` draws from a run,
 `redvtp heatmap` (`draw_saved`) from a stored trace or API response.
 """
@@ -17,13 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from redvtp.checkpoint.config import DvlmConfig
+from redvtp.families.config import DvlmConfig
 from redvtp.trace import survivors
-from redvtp.vision.merge import visual_token_boxes
-from redvtp.vision.tiling import image_mode
+from redvtp.vision.media import Box
 
-Box = tuple[float, float, float, float]
 Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
 # From least to most looked at: blue, cyan, green, yellow, red.
 _PALETTE = np.array([[40, 60, 190], [40, 180, 220], [90, 200, 90], [250, 215, 60], [220, 40, 30]], dtype=np.float32)
@@ -43,8 +42,8 @@ def draw(
     importance: one score for each visual token of the request, images in order. kept: indices of those that stayed.
     Raises ValueError when the scores are not those of these images.
     """
-    mode = image_mode(config, len(images))
-    boxes = [visual_token_boxes(*image.size, config, mode) for image in images]
+    treatments = config.vision.of_images([image.size for image in images])
+    boxes = [treatment.boxes(image.size) for treatment, image in zip(treatments, images, strict=True)]
     total = sum(len(part) for part in boxes)
     if total != len(importance):
         raise ValueError(
@@ -53,12 +52,12 @@ def draw(
     scores = _stretch(np.asarray(importance, dtype=np.float32))
     stays = np.zeros(total, dtype=bool)
     stays[list(kept)] = True
-    # In "anyres" the first tokens of an image are its coarse tile.
-    coarse = mode.tile_side(config) ** 2 if mode.mode == "anyres" else 0
     panels = []
     first = 0
-    for image, part in zip(images, boxes, strict=True):
+    for image, treatment, part in zip(images, treatments, boxes, strict=True):
         end = first + len(part)
+        coarse = np.zeros(len(part), dtype=bool)
+        coarse[treatment.coarse(image.size)] = True
         panels.append(_panel(image, part, scores[first:end], stays[first:end], coarse))
         first = end
     return side_by_side(panels)
@@ -118,15 +117,15 @@ def _stretch(scores: Floats) -> Floats:
     return ranks / np.float32(scores.size - 1)
 
 
-def _panel(
-    image: Image.Image, boxes: Sequence[Box | None], scores: Floats, stays: NDArray[np.bool_], coarse: int
-) -> Image.Image:
-    """One image, drawn over. boxes, scores, stays: its visual tokens; the first `coarse` cover all of it."""
-    shape = (image.height, image.width)
-    seen_coarse = _raster(boxes[:coarse], stays[:coarse].astype(np.float32), shape)
-    seen = _raster(boxes[coarse:], stays[coarse:].astype(np.float32), shape)
-    heat = _raster(boxes[coarse:], scores[coarse:], shape)
-    heat = np.where(np.isnan(heat), _raster(boxes[:coarse], scores[:coarse], shape), heat)
+def _panel(image: Image.Image, boxes: Sequence[Box | None], scores: Floats, stays: Mask, coarse: Mask) -> Image.Image:
+    """One image, drawn over. boxes, scores, stays: its visual tokens; coarse: those that show all of it at once."""
+    shape, kept_tokens = (image.height, image.width), stays.astype(np.float32)
+    coarse_boxes = [box if of_all else None for box, of_all in zip(boxes, coarse, strict=True)]
+    fine_boxes = [None if of_all else box for box, of_all in zip(boxes, coarse, strict=True)]
+    seen_coarse = _raster(coarse_boxes, kept_tokens, shape)
+    seen = _raster(fine_boxes, kept_tokens, shape)
+    heat = _raster(fine_boxes, scores, shape)
+    heat = np.where(np.isnan(heat), _raster(coarse_boxes, scores, shape), heat)
 
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)

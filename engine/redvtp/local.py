@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,21 +24,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from redvtp.canvas.draft import lay_out
-from redvtp.checkpoint.config import DvlmConfig, load_config
 from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
+from redvtp.families.config import DvlmConfig, load_config
 from redvtp.kv.blocks import BlockPool, blocks_needed
 from redvtp.kv.pages import PagedKVCache
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
-from redvtp.models.visual_cache import DEFAULT_CACHE_BYTES, ImageEncoder, ImageInput, content_digest
+from redvtp.models.visual_cache import DEFAULT_CACHE_BYTES, ImageEncoder
 from redvtp.params import DenoisingParams, PruningParams
-from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
+from redvtp.prompt import PromptTokens, build_prompt_tokens, split_prompt
 from redvtp.pruning.policy import Policy
 from redvtp.pruning.resolve import policy_for
 from redvtp.reports import StepReport
-from redvtp.vision.merge import visual_token_count
-from redvtp.vision.tiling import image_mode, tile_image
+from redvtp.vision.media import MediaItem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Without --num-blocks the cache holds max_num_seqs long sequences, but no more than this unless one sequence alone
@@ -113,8 +111,8 @@ class LocalEngine:
         self.config: DvlmConfig = load_config(model, config_overrides)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _torch_dtype(self.config.torch_dtype if dtype == "auto" else dtype)
-        self.tokenizer = load_tokenizer(model)
-        self.special = special_tokens(self.tokenizer, self.config)
+        self.tokenizer = self.config.family.load_tokenizer(model)
+        self.special = self.config.special_tokens(self.tokenizer)
         self.model = _load_model(Path(model), self.config, self.dtype, self.device)
         self.images = ImageEncoder(self.model, vision_cache_bytes)
         self.max_model_len = max_model_len or self.config.max_length
@@ -148,9 +146,8 @@ class LocalEngine:
 
     def tokenize(self, request: Request) -> PromptTokens:
         """The prompt as tokens. Raises ValueError when it cannot be served: marks, image sizes, pruning, length."""
-        mode = image_mode(self.config, len(request.images))
-        counts = [visual_token_count(*image.size, self.config, mode) for image in request.images]
-        pieces = split_prompt(self.tokenizer, request.prompt, len(request.images))
+        counts = self.config.vision.counts([image.size for image in request.images])
+        pieces = split_prompt(self.tokenizer, request.prompt, len(request.images), self.config.family.template)
         prompt = build_prompt_tokens(pieces, counts, self.special.placeholder_id)
         if not prompt.ids:
             raise ValueError("the prompt is empty; give the model at least one token")
@@ -175,14 +172,10 @@ class LocalEngine:
         self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str = ""
     ) -> Sequence:
         """A sequence ready for its first step; runs the vision tower over images it has not seen."""
-        return self._sequence(request, prompt, block_table, request_id, self.images.encode(self._image_inputs(request)))
+        return self._sequence(request, prompt, block_table, request_id, self.images.encode(self._items(request)))
 
-    def _image_inputs(self, request: Request) -> list[ImageInput]:
-        mode = image_mode(self.config, len(request.images))
-        return [
-            ImageInput(content_digest(image), partial(tile_image, image, self.config, mode.mode), image.size, mode)
-            for image in request.images
-        ]
+    def _items(self, request: Request) -> list[MediaItem]:
+        return self.config.vision.items(request.images)
 
     def _sequence(
         self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str, visual: list[Tensor]
@@ -196,7 +189,7 @@ class LocalEngine:
             denoising,
             self._policy(request, prompt),
             self.special,
-            self.config.family.shifted_logits,
+            self.config.family.sampler.shifted_logits,
             stop_ids=tuple(tuple(self._encode(stop)) for stop in denoising.stop),
             suffix_ids=tuple(self._encode(denoising.suffix)),
             block_table=block_table,
@@ -266,7 +259,7 @@ class LocalEngine:
         try:
             # The tower takes the images of all of them together.
             visual = iter(
-                self.images.encode([image for _, entry, *_ in admitted for image in self._image_inputs(entry.request)])
+                self.images.encode([image for _, entry, *_ in admitted for image in self._items(entry.request)])
             )
         except BaseException:
             for *_, blocks in admitted:

@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from golden_data import Case
 from redvtp.local import LocalEngine, Request
 from redvtp.params import PRESETS, DenoisingParams, PruningParams
-from redvtp.vision.tiling import tile_image
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = [
@@ -219,5 +218,5 @@ def _flops(
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         (generation,) = engine.generate([request])
     assert len(generation.steps) == denoising.steps
-    tiles = sum(tile_image(image, engine.config, "anyres").shape[0] for image in request.images)
+    tiles = sum(item.inputs().shape[0] for item in engine.config.vision.items(request.images))
     return request_flops(engine.config, generation, engine.special.mask_id, tiles), counter.get_total_flops()

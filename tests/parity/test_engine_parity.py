@@ -26,7 +26,6 @@ from redvtp.kv.blocks import slots_of
 from redvtp.local import Generation, LocalEngine, Request
 from redvtp.params import CACHES, DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.vision.tiling import image_mode, tile_image
 
 EngineFactory = Callable[..., LocalEngine]
 
@@ -123,10 +122,8 @@ def test_prompt_text_and_ids_are_the_references(case: Case, engine: EngineFactor
 
 @pytest.mark.parametrize("case", golden_data.cases(tensor="pixel_values"), ids=str)
 def test_pixel_tiles_are_equal_bit_for_bit(case: Case, engine: EngineFactory) -> None:
-    config = _engine_for(case, engine).config
-    images = case.images()
-    mode = image_mode(config, len(images))
-    tiles = torch.cat([tile_image(image, config, mode.mode) for image in images])
+    items = _engine_for(case, engine).config.vision.items(case.images())
+    tiles = torch.cat([item.inputs() for item in items])
     expected = case.base("pixel_values").reshape(tiles.shape)
     assert torch.equal(tiles, expected)
 
@@ -134,11 +131,8 @@ def test_pixel_tiles_are_equal_bit_for_bit(case: Case, engine: EngineFactory) ->
 @pytest.mark.parametrize("case", golden_data.cases(tensor="visual_tokens"), ids=str)
 def test_visual_tokens_come_in_the_references_order(case: Case, engine: EngineFactory) -> None:
     local = _engine_for(case, engine)
-    images = case.images()
-    mode = image_mode(local.config, len(images))
-    pixels = [tile_image(image, local.config, mode.mode) for image in images]
     with torch.inference_mode():
-        visual = torch.cat(local.model.encode_images(pixels, [image.size for image in images], mode))
+        visual = torch.cat(local.model.vision.encode(local.config.vision.items(case.images())))
     torch.testing.assert_close(visual, case.base("visual_tokens"), atol=1e-5, rtol=1e-4)
 
 

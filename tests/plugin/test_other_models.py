@@ -35,17 +35,21 @@ def test_only_the_option_is_new(facts: tuple[dict[str, Any], dict[str, Any]]) ->
 
 
 def test_registration_imports_no_model_and_no_engine(facts: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Families bring the geometry of their vision paths with them; the modules with weights come later."""
     installed, _ = facts
-    assert set(installed["modules"]) <= {
+    modules = set(installed["modules"])
+    rooms = {".".join(module.split(".")[:2]) for module in modules}
+    assert rooms <= {
         "redvtp",
-        "redvtp.checkpoint",
         "redvtp.families",
-        "redvtp.checkpoint.config",
-        "redvtp.families.family",
+        "redvtp.prompt",
+        "redvtp.vision",
         "vllm_redvtp",
-        "vllm_redvtp.patches",
+        "vllm_redvtp.engine_config",
         "vllm_redvtp.hook",
+        "vllm_redvtp.patches",
     }
+    assert not modules & {"redvtp.vision.encoder", "redvtp.vision.tower"}
 
 
 def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

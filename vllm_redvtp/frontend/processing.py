@@ -1,9 +1,8 @@
-"""A request's images and prompt, in the front-end: tiles for the tower, a slot in the prompt for every visual token.
+"""A request's images and prompt in the front-end: inputs for the vision module, a prompt slot for every visual token.
 
-vLLM's usual way replaces a placeholder's tokens inside the tokenised prompt. The reference instead splits the text at
-`<image>` and tokenises the pieces (losing the first token of each later one), so here the prompt is decoded back to
-text and rebuilt by the same `redvtp.prompt` functions the engine uses. The number of slots comes from the image sizes
-alone.
+vLLM's usual processor replaces a placeholder's tokens inside the tokenised prompt. The references split the text at
+`<image>` and tokenise the pieces, so the prompt is decoded back to text and rebuilt by the functions of
+`redvtp.prompt` that the engine uses too. The number of slots comes from the image sizes alone.
 """
 
 from __future__ import annotations
@@ -24,12 +23,9 @@ from vllm.multimodal.processing.processor import (
     PromptUpdate,
 )
 
-from redvtp.checkpoint.config import DvlmConfig
-from redvtp.models.visual_cache import content_digest
-from redvtp.prompt import IMAGE_MARK, SpecialTokens, build_prompt_tokens, special_tokens, split_prompt
-from redvtp.vision.merge import visual_token_count
-from redvtp.vision.tiling import ImageMode, image_mode, tile_image
-from vllm_redvtp.hook import engine_config
+from redvtp.families.config import DvlmConfig
+from redvtp.prompt import IMAGE_MARK, SpecialTokens, build_prompt_tokens, split_prompt
+from vllm_redvtp.engine_config import engine_config
 
 
 def decode_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -41,7 +37,7 @@ def decode_prompt(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 class DvlmProcessingInfo(BaseProcessingInfo):
-    """What vLLM asks about a model's inputs. Our models have no Hugging Face processor class, and need none."""
+    """Facts about a model's inputs for vLLM. These models have no Hugging Face processor class and need none."""
 
     @cached_property
     def config(self) -> DvlmConfig:
@@ -49,22 +45,14 @@ class DvlmProcessingInfo(BaseProcessingInfo):
 
     @cached_property
     def special(self) -> SpecialTokens:
-        return special_tokens(cast(Any, self.get_tokenizer()), self.config)
+        return self.config.special_tokens(cast(Any, self.get_tokenizer()))
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        return {"image": self.visual_tokens(*self.largest_image(), image_mode(self.config, 1))}
-
-    def largest_image(self) -> tuple[int, int]:
-        """The (width, height) with the most visual tokens: it fills a pinpoint, so nothing is unpadded."""
-        mode = image_mode(self.config, 1)
-        sizes = self.config.image_grid_pinpoints or ((self.config.tower.image_size,) * 2,)
-        return max(sizes, key=lambda size: self.visual_tokens(size[0], size[1], mode))
-
-    def visual_tokens(self, width: int, height: int, mode: ImageMode) -> int:
-        return visual_token_count(width, height, self.config, mode)
+        (largest,) = self.config.vision.counts([self.config.vision.largest_size()])
+        return {"image": largest}
 
 
 class DvlmDummyInputs(BaseDummyInputsBuilder[DvlmProcessingInfo]):
@@ -74,31 +62,31 @@ class DvlmDummyInputs(BaseDummyInputsBuilder[DvlmProcessingInfo]):
         return IMAGE_MARK * mm_counts.get("image", 0)
 
     def get_dummy_mm_data(self, seq_len: int, mm_counts: Mapping[str, int], mm_options: Any) -> dict[str, Any]:
-        width, height = self.info.largest_image()
+        width, height = self.info.config.vision.largest_size()
         count = mm_counts.get("image", 0)
         return {"image": self._get_dummy_images(width=width, height=height, num_images=count)}
 
 
 class DvlmProcessor(BaseMultiModalProcessor[DvlmProcessingInfo]):
-    """Images to tiles, prompt to tokens. All errors are ValueErrors that vLLM answers with HTTP 400."""
+    """Images to inputs of the vision module, prompt to tokens. Errors are ValueErrors, which vLLM answers with 400."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, Any], hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         if hf_kwargs:
             raise ValueError(f"mm_processor_kwargs are not supported, got {', '.join(sorted(hf_kwargs))}")
         images = [_pil_image(image) for image in hf_data.get("images", ())]
-        mode = image_mode(self.info.config, len(images))
-        tiles = [tile_image(image, self.info.config, mode.mode) for image in images]
+        items = self.info.config.vision.items(images)
+        inputs = [item.inputs() for item in items]
         return BatchFeature(
             {
-                "pixel_values": torch.cat(tiles),
-                "num_tiles": torch.tensor([part.shape[0] for part in tiles]),
-                "image_sizes": torch.tensor([image.size for image in images]),
-                "image_digest": torch.tensor([list(content_digest(image)) for image in images], dtype=torch.uint8),
+                "pixel_values": torch.cat(inputs),
+                "num_tiles": torch.tensor([part.shape[0] for part in inputs]),
+                "image_sizes": torch.tensor([item.size for item in items]),
+                "image_digest": torch.tensor([list(item.digest) for item in items], dtype=torch.uint8),
             }
         )
 
     def _get_mm_fields_config(self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, Any]) -> Any:
-        # vLLM also asks with nothing in hf_inputs.
+        # vLLM also calls this with nothing in hf_inputs.
         num_tiles = hf_inputs.get("num_tiles", torch.empty(0, dtype=torch.int64))
         return {
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", num_tiles),
@@ -118,11 +106,10 @@ class DvlmProcessor(BaseMultiModalProcessor[DvlmProcessingInfo]):
         self._validate_mm_kwargs(mm_res.kwargs, mm_items.get_all_counts())
         images = mm_items.get_items("image", ImageProcessorItems)
         sizes = [images.get_image_size(index) for index in range(images.get_count())]
-        mode = image_mode(self.info.config, len(sizes))
-        counts = [self.info.visual_tokens(size.width, size.height, mode) for size in sizes]
+        counts = self.info.config.vision.counts([(size.width, size.height) for size in sizes])
         tokenizer, placeholder = cast(Any, self.info.get_tokenizer()), self.info.special.placeholder_id
-        pieces = split_prompt(tokenizer, decode_prompt(tokenizer, mm_res.prompt_ids), len(counts))
-        prompt = build_prompt_tokens(pieces, counts, placeholder)
+        text, template = decode_prompt(tokenizer, mm_res.prompt_ids), self.info.config.family.template
+        prompt = build_prompt_tokens(split_prompt(tokenizer, text, len(counts), template), counts, placeholder)
         slots = [
             PlaceholderFeaturesInfo(
                 modality="image", item_idx=index, start_idx=start, tokens=[placeholder] * (end - start), is_embed=None

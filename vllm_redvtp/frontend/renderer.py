@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,8 +21,8 @@ from vllm.renderers.hf import HfRenderer
 from vllm.sampling_params import SamplingParams
 
 from redvtp.prompt import split_prompt
+from vllm_redvtp.engine_config import engine_config
 from vllm_redvtp.frontend.processing import decode_prompt
-from vllm_redvtp.hook import engine_config
 from vllm_redvtp.knobs import PREFIX
 from vllm_redvtp.planning import RequestPlanner
 
@@ -32,18 +31,11 @@ if TYPE_CHECKING:
     from vllm.renderers.params import ChatParams, TokenizeParams
 
 CHECK = "redvtp_check"
-TEMPLATES = Path(__file__).parent / "templates"
 _MARK = "_redvtp_request_check"
 # vLLM's package that fetches and reads images.
 _MEDIA = "vllm.multimodal.media"
 _ANSWERED_BY_VLLM = (VLLMError, ValueError, TypeError, OverflowError)
 _FETCHING = (aiohttp.ClientError, requests.RequestException, ConnectionError, TimeoutError)
-
-
-@lru_cache
-def default_chat_template(name: str) -> str:
-    """A family's conversation, with its default system message where a conversation has none. name: see `Family`."""
-    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 class DiffusionRenderer(HfRenderer):
@@ -52,7 +44,7 @@ class DiffusionRenderer(HfRenderer):
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         self._planner = RequestPlanner(config, self.get_tokenizer())
-        self._template = default_chat_template(engine_config(config.model_config).family.template)
+        self._template = engine_config(config.model_config).family.template.text
         install_request_check()
 
     def render_messages(self, messages: Any, params: ChatParams) -> Any:

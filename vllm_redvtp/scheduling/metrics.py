@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogg
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
-from redvtp.families.family import FAMILIES
+from redvtp.families.registry import architectures
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -84,7 +84,7 @@ class DenoisingProm(KVConnectorProm):
         self, vllm_config: VllmConfig, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
     ) -> None:
         super().__init__(vllm_config, labelnames, per_engine_labelvalues)
-        self._ours = not FAMILIES.keys().isdisjoint(vllm_config.model_config.architectures)
+        self._ours = not architectures().isdisjoint(vllm_config.model_config.architectures)
         if not self._ours:
             return
         self._counters: dict[str, dict[int, Any]] = {

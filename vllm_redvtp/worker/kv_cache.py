@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
-from redvtp.checkpoint.config import DvlmConfig
+from redvtp.families.config import DvlmConfig
 from redvtp.kv.pages import KVPages, PagedKVCache
 from vllm_redvtp.attention.choice import runs_on_kernel
 

@@ -11,11 +11,10 @@ from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
 from redvtp.kv.blocks import blocks_needed
 from redvtp.kv.pages import KVPages
-from redvtp.models.dvlm import TILES_AT_ONCE, Dvlm
+from redvtp.models.dvlm import Dvlm
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.resolve import policy_of
-from redvtp.vision.tiling import image_mode
 from vllm_redvtp.knobs import vision_cache_bytes
 from vllm_redvtp.worker.kv_cache import make_pages
 
@@ -33,17 +32,11 @@ def profile_largest_step(
     special: SpecialTokens,
     make_engine: Callable[[Dvlm, KVPages], DenoisingRunner],
 ) -> None:
-    """Encode as many tiles as the tower takes at once and one image with the most, then a first (scoring) step that
-    fills the token budget."""
+    """Run the largest calls of the vision module, then a first (scoring) step that fills the token budget."""
     config = model.config
-    tile = config.tower.image_size
-    canvas = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1], default=(tile, tile))
-    mode = image_mode(config, 1)
-    tiles = 1 if mode.mode == "pad" else 1 + canvas[0] // tile * (canvas[1] // tile)
     # What images that come again will take, for as long as the rest runs.
     remembered = torch.empty(vision_cache_bytes(vllm_config), dtype=torch.uint8, device=model.device)
-    model.tile_features(torch.zeros(TILES_AT_ONCE, 3, tile, tile))
-    (visual,) = model.encode_images([torch.zeros(tiles, 3, tile, tile)], [canvas], mode)
+    visual = model.vision.encode_largest()
 
     budget, longest = vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len
     lengths = [longest] * max(1, budget // longest)

@@ -27,11 +27,11 @@ from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
 from redvtp.kv.pages import KVPages
 from redvtp.models.dvlm import Dvlm
-from redvtp.models.visual_cache import ImageEncoder, ImageInput
+from redvtp.models.visual_cache import ImageEncoder
 from redvtp.reports import StepReport
-from redvtp.vision.tiling import image_mode
+from redvtp.vision.media import MediaItem
 from vllm_redvtp.attention.choice import attention_over, told_at_start
-from vllm_redvtp.hook import engine_config
+from vllm_redvtp.engine_config import engine_config
 from vllm_redvtp.knobs import vision_cache_bytes
 from vllm_redvtp.output import DenoisingOutput
 from vllm_redvtp.planning import RequestPlanner
@@ -133,7 +133,7 @@ class DiffusionModelRunner:
     def _add(self, requests: list[NewRequestData], errors: dict[str, str]) -> None:
         """Sequences for arriving requests; the vision tower takes the images of all of them together."""
         try:
-            visual = iter(self.images.encode([image for request in requests for image in self._image_inputs(request)]))
+            visual = iter(self.images.encode([image for request in requests for image in self._items(request)]))
             encoded = [list(islice(visual, len(request.mm_features))) for request in requests]
         except Exception as error:
             if len(requests) > 1:
@@ -150,19 +150,20 @@ class DiffusionModelRunner:
             except Exception as error:
                 errors[request.req_id] = _explain(request.req_id, error)
 
-    def _image_inputs(self, request: NewRequestData) -> list[ImageInput]:
+    def _items(self, request: NewRequestData) -> list[MediaItem]:
         images: list[dict[str, Any]] = [
             feature.data.get_data() for feature in request.mm_features if feature.data is not None
         ]
-        mode = image_mode(self.config, len(images))
+        treatments = self.config.vision.treatments(["image"] * len(images))
         return [
-            ImageInput(
+            MediaItem(
+                "image",
                 bytes(image["image_digest"].tolist()),
-                partial(operator.itemgetter("pixel_values"), image),
                 tuple(image["image_sizes"].tolist()),
-                mode,
+                treatment,
+                partial(operator.itemgetter("pixel_values"), image),
             )
-            for image in images
+            for image, treatment in zip(images, treatments, strict=True)
         ]
 
     def _sequence(self, request: NewRequestData, visual: list[Tensor]) -> Sequence:
@@ -184,7 +185,7 @@ class DiffusionModelRunner:
             plan.denoising,
             plan.policy,
             self.planner.special,
-            self.config.family.shifted_logits,
+            self.config.family.sampler.shifted_logits,
             stop_ids=plan.stop_ids,
             suffix_ids=plan.suffix_ids,
             block_table=list(request.block_ids[0]),

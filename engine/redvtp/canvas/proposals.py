@@ -48,7 +48,7 @@ class Proposals:
 
 
 def suppress(logits: Tensor, suppressed: tuple[int, ...]) -> Tensor:
-    """Float32 logits [rows, vocab] where `suppressed` ids can never win (LLaDA-V: bos, eos, the header tokens)."""
+    """Float32 logits [rows, vocab] where `suppressed` ids can never win (see `SamplerTraits.suppressed`)."""
     logits = logits.float()
     if suppressed:
         logits[:, list(suppressed)] = float("-inf")

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
+from redvtp.errors import BadInput as BadInput
 from redvtp.params import (
     CACHES,
     POSITIONS,
@@ -29,10 +30,6 @@ from redvtp.params import (
 )
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class BadInput(Exception):
-    """Something the user can mend; the message is one line that says what and how."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,14 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from redvtp.cli.flags import BadInput, check_outputs, check_picture, params_of, parse, positive
+from redvtp.cli.flags import check_outputs, check_picture, params_of, parse, positive
+from redvtp.errors import BadInput
+from redvtp.errors import refusing as refusing
 
 if TYPE_CHECKING:
     from redvtp.local import Request
@@ -74,7 +75,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _heatmap(options: argparse.Namespace) -> int:
     """Draws the pruning in a saved API response (or trace) over the images that were sent."""
-    from redvtp.checkpoint.config import load_config
+    from redvtp.families.config import load_config
     from redvtp.heatmap import draw_saved, prunings_of
     from redvtp.vision.images import open_image
 
@@ -97,15 +98,6 @@ def _read_json(path: Path) -> Any:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not JSON: {error}") from error
-
-
-@contextmanager
-def refusing() -> Iterator[None]:
-    """Within it, a ValueError is the user's to mend. Outside, it is a bug and keeps its traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise BadInput(str(error)) from error
 
 
 def local_engine(options: EngineOptions, request: Request) -> Trace:
@@ -154,16 +146,16 @@ def _prepare(options: argparse.Namespace) -> tuple[Request, EngineOptions]:
             progress=sys.stderr.isatty(),
         )
         # torch and transformers take seconds to import: only once the flags are known to be good.
-        from redvtp.checkpoint.config import load_config
+        from redvtp.families.config import load_config
         from redvtp.local import Request
-        from redvtp.prompt import chat_prompt, load_tokenizer
+        from redvtp.prompt import chat_prompt
         from redvtp.vision.images import open_image
 
         images = tuple(open_image(path) for path in options.image)
         prompt: str = options.prompt
         if not options.raw_prompt:
-            template = load_config(options.model).family.template
-            prompt = chat_prompt(load_tokenizer(options.model), prompt, len(images), template=template)
+            family = load_config(options.model).family
+            prompt = chat_prompt(family.load_tokenizer(options.model), prompt, len(images), template=family.template)
         return Request(prompt, images, denoising, pruning), engine_options
 
 
@@ -178,7 +170,7 @@ def _write(options: argparse.Namespace, trace: Trace, request: Request) -> None:
 
 
 def _draw(path: Path, trace: Trace, request: Request) -> None:
-    from redvtp.checkpoint.config import load_config
+    from redvtp.families.config import load_config
     from redvtp.heatmap import draw_saved
 
     if not trace["prunings"]:

@@ -39,7 +39,7 @@ def commit(context: Context, steps: list[SequenceStep], output: ForwardOutput) -
 def candidate_logits(context: Context, hidden: Tensor) -> Tensor:
     """Float32 logits [rows, vocab] of hidden rows [rows, hidden]; ids that are never chosen are at -inf."""
     logits = context.model.language_model.logits(hidden, _vocabulary(context))
-    return keep_best(suppress(logits, context.special.suppressed), context.model.config.family.top_k)
+    return keep_best(suppress(logits, context.special.suppressed), context.model.config.family.sampler.top_k)
 
 
 def logit_rows(step: SequenceStep, span: Span, canvas_rows: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def logit_rows(step: SequenceStep, span: Span, canvas_rows: Tensor) -> Tensor:
 def _vocabulary(context: Context) -> int:
     """Width of the logits: all rows of the head where those beyond the tokenizer count in every probability."""
     config = context.model.config
-    return config.vocab_size if config.family.counts_surplus_rows else context.special.vocab
+    return config.vocab_size if config.family.sampler.counts_surplus_rows else context.special.vocab
 
 
 def _commit_one(context: Context, step: SequenceStep, rows: Tensor, tokens: Tensor) -> None:
@@ -68,7 +68,7 @@ def _commit_one(context: Context, step: SequenceStep, rows: Tensor, tokens: Tens
     before = canvas.masked()
     canvas.commit(rows, tokens)
     # A committed row is decided even if the model proposed the mask id for it; some families see that otherwise.
-    proposed_masks_count = context.model.config.family.scores_proposed_masks
+    proposed_masks_count = context.model.config.family.sampler.scores_proposed_masks
     after = canvas.masked() if proposed_masks_count else before.index_fill(0, rows, False)
     step.undecided = bool(after.any())
     if step.scores is not None:

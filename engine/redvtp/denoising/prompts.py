@@ -43,7 +43,7 @@ def encode_prompts(context: Context, steps: list[SequenceStep]) -> None:
     output = run_forward(context.model.language_model, packed, context.attend, layers, leave)
     for step, row_layers in zip(steps, output.row_layers, strict=True):
         step.row_layers += row_layers
-    if context.model.config.family.shifted_logits:
+    if context.model.config.family.sampler.shifted_logits:
         ends = torch.tensor([span.end for span in output.spans], device=context.device)
         _decide_first(context, [step.sequence for step in steps], output.hidden[ends - 1])
     for step in steps:

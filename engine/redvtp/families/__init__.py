@@ -1,1 +1,1 @@
-"""The model families the engine runs, one file each."""
+"""Model families, one file each: what a checkpoint of the family means."""

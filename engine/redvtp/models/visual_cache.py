@@ -1,85 +1,58 @@
-"""From images to visual tokens, the tower run once for each: over all new images together, and not for one it has seen.
+"""Visual tokens of the images of a batch: new ones are computed together, known ones come from a cache.
 
-What the language model reads of an image depends on its pixels and on how it is tiled, never on the request. So visual
-tokens are remembered by content, within a number of bytes; the least recently used go first.
+Visual tokens depend on an image's pixels and treatment, never on the request, so they are cached by content. The cache
+holds a number of bytes; the least recently used go first.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from redvtp.models.dvlm import Dvlm
-from redvtp.vision.tiling import ImageMode
+from redvtp.vision.media import MediaItem, Treatment
 
 DEFAULT_CACHE_BYTES = 256 << 20
 
-
-def content_digest(image: Image.Image) -> bytes:
-    """[32] bytes that are equal for equal pixels only. A client's own name for an image would not do: it may lie."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    return hashlib.sha256(b"%d %d " % rgb.size + rgb.tobytes()).digest()
-
-
-@dataclass(frozen=True, slots=True)
-class ImageInput:
-    """digest: see `content_digest`. tiles: gives [tiles, 3, tile, tile] float32, if it is asked. size: (width, height)
-    in pixels."""
-
-    digest: bytes
-    tiles: Callable[[], Tensor]
-    size: tuple[int, int]
-    mode: ImageMode
-
-    @property
-    def key(self) -> tuple[bytes, ImageMode]:
-        return self.digest, self.mode
+Key = tuple[bytes, Treatment]
 
 
 class ImageEncoder:
-    """The vision path of one model. cache_bytes: visual tokens that are remembered; 0 remembers nothing."""
+    """The vision path of one model. cache_bytes: size of the cache; 0 caches nothing."""
 
     def __init__(self, model: Dvlm, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
         self._model = model
         self._cache_bytes = cache_bytes
-        self._remembered: OrderedDict[tuple[bytes, ImageMode], Tensor] = OrderedDict()
+        self._cached: OrderedDict[Key, Tensor] = OrderedDict()
         self.bytes_held = 0
 
     @torch.inference_mode()
-    def encode(self, images: list[ImageInput]) -> list[Tensor]:
-        """For each image [visual, hidden], in the order the model reads them. Not to be written to."""
-        found = {image.key: self._remembered[image.key] for image in images if image.key in self._remembered}
+    def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
+        """For each item [visual, hidden], in the order the language model reads them. Not to be written to."""
+        found = {item.key: self._cached[item.key] for item in items if item.key in self._cached}
         for key in found:
-            self._remembered.move_to_end(key)
-        new = {image.key: image for image in images if image.key not in found}
+            self._cached.move_to_end(key)
+        new = {item.key: item for item in items if item.key not in found}
         if new:
-            encoded = self._model.encode_tiles(
-                [image.tiles() for image in new.values()],
-                [image.size for image in new.values()],
-                [image.mode for image in new.values()],
-            )
-            found |= dict(zip(new, encoded, strict=True))
+            found |= dict(zip(new, self._model.vision.encode(list(new.values())), strict=True))
             for key in new:
-                self._remember(key, found[key])
-        return [found[image.key] for image in images]
+                self._store(key, found[key])
+        return [found[item.key] for item in items]
 
     def clear(self) -> None:
-        """Forget all, as when the weights have changed."""
-        self._remembered.clear()
+        """Empty the cache, as when the weights have changed."""
+        self._cached.clear()
         self.bytes_held = 0
 
-    def _remember(self, key: tuple[bytes, ImageMode], tokens: Tensor) -> None:
+    def _store(self, key: Key, tokens: Tensor) -> None:
         if tokens.nbytes > self._cache_bytes:
             return
         # A copy: the tokens may be a view of all that the tower computed.
-        self._remembered[key] = tokens.clone()
+        self._cached[key] = tokens.clone()
         self.bytes_held += tokens.nbytes
         while self.bytes_held > self._cache_bytes:
-            _, oldest = self._remembered.popitem(last=False)
+            _, oldest = self._cached.popitem(last=False)
             self.bytes_held -= oldest.nbytes

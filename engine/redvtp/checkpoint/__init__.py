@@ -1,1 +1,0 @@
-"""What a checkpoint's config.json says, checked once."""
