@@ -28,7 +28,7 @@ from PIL import Image
 from random_checkpoint import Shape, make_checkpoint, make_image
 from tqdm import tqdm
 
-from redvtp.evaluation.grid import OWN_BUDGET
+from redvtp.evaluation.grid import has_own_budget
 from redvtp.local import DTYPES, Generation, LocalEngine, Request
 from redvtp.params import CACHES, PRESETS, DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
@@ -173,7 +173,7 @@ def _choices(policies: Sequence[str], keep: Sequence[int]) -> list[tuple[str, in
     choices: dict[tuple[str, int | None], None] = {("none", None): None}
     for policy in policies:
         if policy != "none":
-            choices |= dict.fromkeys((policy, keep) for keep in ([None] if policy in OWN_BUDGET else keeps))
+            choices |= dict.fromkeys((policy, keep) for keep in ([None] if has_own_budget(policy) else keeps))
     return list(choices)
 
 

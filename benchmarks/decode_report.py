@@ -101,4 +101,4 @@ def _step_table(results: dict[str, Any]) -> str:
 
 
 def _aligned(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(aligned(columns, lines, NAMES))
+    return aligned(columns, lines, NAMES)

@@ -206,7 +206,7 @@ def report(results: dict[str, Any]) -> str:
         "kept, the most that fits while the newest request has not pruned yet. rows/request: rows through the\n"
         "language model. step, score, compaction s: the worker's time in steps, and in these parts of them."
     )
-    return "\n\n".join((head, "\n".join(aligned(columns, lines, {"setting"})), notes))
+    return "\n\n".join((head, aligned(columns, lines, {"setting"}), notes))
 
 
 def _ranks(percentiles: dict[str, float]) -> str:

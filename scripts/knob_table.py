@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vllm.sampling_params import SamplingParams
 
+from redvtp.cli.knob_flags import meaning
 from redvtp.params import PRESET_KNOBS, DenoisingParams, PruningParams
 from vllm_redvtp.knobs import DEFAULT_REPORT, KNOBS, PREFIX, build_params
 
@@ -74,7 +75,7 @@ def _row(params: type, field: str, default: object, knob: str) -> Row:
     name = OWN_FIELDS.get(knob) or f"`{PREFIX}{knob}`"
     assert knob in KNOBS or knob in OWN_FIELDS, knob
     allowed = _refusal(lambda: params(**{field: object()}))
-    return name, UNSET.get(knob) or _default(default), allowed, _meaning(params, field)
+    return name, UNSET.get(knob) or _default(default), allowed, meaning(params, field)
 
 
 def _default(value: object) -> str:
@@ -100,15 +101,6 @@ def _refusal(make: Callable[[], object]) -> str:
 
 def _report() -> object:
     return build_params(SamplingParams(extra_args={f"{PREFIX}report": object()}), 1, {})
-
-
-def _meaning(params: type, field: str) -> str:
-    """The docstring's paragraph about a field: from `name: ` to the next field or the end of the list."""
-    text = params.__doc__ or ""
-    names = "|".join(each.name for each in fields(params))
-    found = re.search(rf"^\s*{field}: (.*?)(?=^\s*(?:{names}): |^\s*$)", text, re.MULTILINE | re.DOTALL)
-    assert found, f"{params.__name__} does not say what {field} is"
-    return " ".join(found[1].split()).rstrip(".")
 
 
 def main() -> int:

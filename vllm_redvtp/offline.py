@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from redvtp.checkpoint.config import DvlmConfig, load_config
-from redvtp.cli.main import EngineOptions
+from redvtp.engines import EngineOptions
 from redvtp.errors import BadInput, refusing
 from redvtp.local import Request
 from redvtp.models.loading import check_weight_files
