@@ -32,7 +32,6 @@ from redvtp.evaluation.grid import has_own_budget
 from redvtp.local import DTYPES, Generation, LocalEngine, Request
 from redvtp.params import CACHES, PRESETS, DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.vision.tiling import image_mode, tile_image
 
 QUESTION = "What is shown in the picture?"
 OWN_CACHES = {"llada-v": ["prefix"], "lavida": ["prefix_lm"]}
@@ -74,6 +73,7 @@ class Measured:
     request: Request
     latencies: list[float]
     generation: Generation | None = None
+    flops: int = 0
     memory: Memory | None = None
     times: StepTimes | None = None
 
@@ -187,14 +187,14 @@ def _measure(
     # A run takes up to a minute; below the bar of runs, one of steps shows that it moves.
     steps_bar = not options.quiet and sys.stderr.isatty()
     with tqdm(
-        total=(options.repeats + 1) * len(order) + len(fixed) + 1, desc="runs", unit="run", disable=options.quiet
+        total=(options.repeats + 2) * len(order) + len(fixed) + 1, desc="runs", unit="run", disable=options.quiet
     ) as bar:
-        # The first touch of weights, threads and allocator is nobody's latency.
+        # The first touch of weights, threads and allocator counts for no setting.
         with stepping(engine, requests[order[0]]) as start:
             engine.runner.step([start()])
         bar.update()
         for repeat in range(options.repeats):
-            # Whatever drifts on the machine meets every setting, and each in another place of the round.
+            # Each round begins with another setting, so a drift of the machine's speed affects all alike.
             shift = repeat % len(order)
             for setting in order[shift:] + order[:shift]:
                 seconds, measured[setting].generation = timed_run(
@@ -204,6 +204,10 @@ def _measure(
                 bar.update()
         for setting in order:
             measured[setting].memory = measure_memory(engine, requests[setting])
+            bar.update()
+        # After the memory: torch counts attention that it does not fuse, which needs more.
+        for setting in order:
+            measured[setting].flops = request_flops(engine, requests[setting])
             bar.update()
         for setting in fixed:
             measured[setting].times = step_times(engine, requests[setting])
@@ -218,8 +222,7 @@ def _row(engine: LocalEngine, setting: Setting, seen: Measured, dense: Measured)
     assert memory is not None
     latency, first, last = min(seen.latencies), generation.steps[0], generation.steps[-1]
     ratio = min(dense.latencies) / latency
-    flops = _flops(engine, seen)
-    ceiling = _flops(engine, dense) / flops
+    ceiling = dense.flops / seen.flops
     block_bytes = sum(pages[0].nbytes for pages in (*engine.cache.keys, *engine.cache.values))
     admitted = first.kv_blocks + first.blocks_freed
     answer, expected = last.canvas, dense.generation.steps[-1].canvas
@@ -237,7 +240,7 @@ def _row(engine: LocalEngine, setting: Setting, seen: Measured, dense: Measured)
         latencies_s=seen.latencies,
         tokens_per_s=len(answer) / latency,
         ratio=ratio,
-        flops=flops,
+        flops=seen.flops,
         ceiling=ceiling,
         reached=ratio / ceiling,
         # Until the pruning a request holds the blocks it was admitted with.
@@ -248,14 +251,6 @@ def _row(engine: LocalEngine, setting: Setting, seen: Measured, dense: Measured)
         agreement=sum(a == b for a, b in zip(answer, expected, strict=True)) / len(answer),
         tokens_computed=[step.tokens_computed for step in generation.steps],
     )
-
-
-def _flops(engine: LocalEngine, seen: Measured) -> int:
-    assert seen.generation is not None
-    images = seen.request.images
-    mode = image_mode(engine.config, len(images))
-    tiles = sum(int(tile_image(image, engine.config, mode.mode).shape[0]) for image in images)
-    return request_flops(engine.config, seen.generation, engine.special.mask_id, tiles)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

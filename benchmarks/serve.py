@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 from image_bytes import png
-from load import Load, Question, alone, serving, under_load
+from load import Load, Question, alone, under_load
 from options import model_flags, percent, shape_of, size
 from PIL import Image
 from random_checkpoint import Shape, make_checkpoint, make_image
+from server import started_server
 from tqdm import tqdm
 
 from redvtp.checkpoint.config import load_config
@@ -69,8 +70,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         *options.server_flags,
     ]
     settings = [100, *sorted(set(options.keep) - {100}, reverse=True)]
-    with serving(model, *flags) as url:
-        rows = [_measure(url, questions, keep, options) for keep in settings]
+    with tempfile.TemporaryDirectory() as folder, started_server(model, Path(folder) / "server.log", flags) as server:
+        rows = [_measure(server.url, questions, keep, options) for keep in settings]
     for row in rows:
         row["goodput_ratio"] = row["goodput"] / rows[0]["goodput"] if rows[0]["goodput"] else None
         row["in_flight_ratio"] = row["in_flight_peak"] / rows[0]["in_flight_peak"]

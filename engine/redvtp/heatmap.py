@@ -113,8 +113,7 @@ def _stretch(scores: Floats) -> Floats:
     """Scores [visual] to [0, 1] by rank: attention is spread over orders of magnitude, so values would show little."""
     if scores.size < 2 or scores.min() == scores.max():
         return np.ones_like(scores)
-    ranks = np.empty_like(scores)
-    ranks[np.argsort(scores, kind="stable")] = np.arange(scores.size, dtype=np.float32)
+    ranks = np.argsort(np.argsort(scores, kind="stable")).astype(np.float32)
     return ranks / np.float32(scores.size - 1)
 
 

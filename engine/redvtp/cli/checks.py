@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,11 +66,9 @@ def check_checkpoint(options: argparse.Namespace) -> None:
 
 def check_libraries() -> None:
     """Raises BadInput if a library of the `eval` extra is missing. Without matplotlib only the plots are missing."""
-    try:
-        import openai  # noqa: F401
-        import scipy  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise BadInput(f"{error.name} is not installed; {EXTRA}") from error
+    for name in ("openai", "scipy"):
+        if find_spec(name) is None:
+            raise BadInput(f"{name} is not installed; {EXTRA}")
 
 
 def open_images(paths: list[Path]) -> tuple[Image, ...]:

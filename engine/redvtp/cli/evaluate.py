@@ -70,8 +70,8 @@ def _plan(options: argparse.Namespace) -> Plan:
     limit, concurrency = positive("limit", options.limit), positive("concurrency", options.concurrency)
     with refusing():
         settings = settings_of(options)
-        compared = cells(listed("policies", options.policies), ratios(options.keep), listed("cache", options.cache))
-        return plan_of(read_tasks(options.tasks), settings, compared, limit, concurrency or 1)
+        grid = listed("policies", options.policies), ratios(options.keep), listed("cache", options.cache)
+        return plan_of(read_tasks(options.tasks), settings, cells(*grid), limit, concurrency or 1)
 
 
 def _backend(options: argparse.Namespace) -> tuple[Callable[[], Backend], dict[str, Any]]:

@@ -94,7 +94,8 @@ def _add(
         text = meaning(params, field.name).partition(". ")[0].replace("%", "%%").replace("None ", "the default ")
         text = f"several with commas, of {text}" if field.name in several else text
         shown = "" if field.default in (None, "", ()) or field.default is False else " (default %(default)s)"
-        default = list(field.default) if "nargs" in options else field.default
+        default: Any = field.default
+        default = list(default) if "nargs" in options else default
         if field.name in of_task:
             default, shown = None, " (default: the task's)"
         flag = f"--{FLAG_OF.get(field.name, field.name).replace('_', '-')}"

@@ -59,9 +59,8 @@ class Cell:
 
     def pruning(self, shared: PruningParams) -> PruningParams:
         """The parameters of a request of this cell. shared: those that no cell sets."""
-        return replace(
-            shared, preset=self.policy, **({} if self.keep_ratio is None else {"keep_ratio": self.keep_ratio})
-        )
+        pruning = replace(shared, preset=self.policy)
+        return pruning if self.keep_ratio is None else replace(pruning, keep_ratio=self.keep_ratio)
 
 
 DENSE = Cell("none", 1.0, "none")

@@ -20,8 +20,6 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from redvtp.prompt import IMAGE_MARK
-
 # What is read as what; where a line has several of a row, the first one counts.
 SPELLINGS = {
     "id": ("id", "doc_id", "question_id", "sample_id"),
@@ -151,6 +149,9 @@ def _question(fields: dict[str, Any], images: int) -> str:
     question = _of(fields, "question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"needs a question (a text under one of {', '.join(SPELLINGS['question'])})")
+    # Here, not above: transformers takes a second to import, and a file that is not there is refused before.
+    from redvtp.prompt import IMAGE_MARK
+
     # Many data sets carry the marks in front of the question, where the prompt template puts them anyway.
     question = re.sub(rf"^\s*(?:{re.escape(IMAGE_MARK)}\s*){{0,{images}}}", "", question)
     if IMAGE_MARK in question:
