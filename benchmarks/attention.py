@@ -1,4 +1,4 @@
-"""vLLM's CPU attention kernel against the engine's torch backend, and why each sequence has a call of its own.
+"""vLLM's CPU attention kernel against the engine's torch backend, and why each sequence needs a separate call.
 
     python benchmarks/attention.py [--heads 8] [--kv-heads 8] [--head-dim 128] [--threads 1]
 
@@ -40,7 +40,7 @@ Parts = list[tuple[int, int, Tensor]]
 
 
 class OneCall:
-    """The kernel over a whole batch at once, as vLLM's own models call it."""
+    """The kernel over a whole batch at once, as vLLM's models call it."""
 
     def __init__(self, cache: PackedKVCache, heads: int, parts: Parts, scale: float) -> None:
         self._cache, self._scale = cache, scale

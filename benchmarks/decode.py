@@ -3,9 +3,9 @@
     python benchmarks/decode.py [--family lavida] [--policies redvtp late] [--repeats 3] [--json results.json]
 
 Makes a random checkpoint (kept in --workdir) and asks it about one picture, of about 2,000 visual tokens for LLaDA-V
-and 600 for LaViDa: dense, and with every policy at several keep ratios, without a cache and with the family's own (the
-prefix cache of LLaDA-V, LaViDa's prefix-LM). One process, interleaved runs; the fastest of each setting counts, since
-whatever else a machine does can only slow a run down.
+and 600 for LaViDa: dense, and with every policy at several keep ratios, without a cache and with the family's (the
+prefix cache of LLaDA-V, LaViDa's prefix-LM). One process, interleaved runs. The fastest run of each setting counts:
+other work on the machine only slows a run down.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ USUAL = Shape("llada-v", 1024, 3072, 4, 16, 256, 3, 384)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One row of the table. policy: `none` is dense, without scoring. keep: percent of the visual tokens; None where
-    the policy has a budget of its own. threshold: of parallel decoding; None is a fixed number of steps."""
+    """One row of the table.
+
+    policy: `none` is dense, without scoring.
+    keep: percent of the visual tokens; None for dense, and for a policy that sets its budget by itself.
+    threshold: of parallel decoding; None is a fixed number of steps.
+    """
 
     cache: str
     policy: str
@@ -68,7 +72,7 @@ class Setting:
 
 @dataclass(slots=True)
 class Measured:
-    """What was seen of one setting."""
+    """The measurements of one setting."""
 
     request: Request
     latencies: list[float]
@@ -80,9 +84,15 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One setting's results. keep_ratio: None for dense, and where the policy has a budget of its own. ceiling: FLOPs
-    of dense without cache over FLOPs of this. Bytes are above the weights. agreement: canvas tokens of that dense.
-    tokens_computed: of each step."""
+    """One setting's results.
+
+    keep_ratio: None for dense, and for a policy that sets its budget by itself.
+    ratio: latency of dense without cache over this latency.
+    ceiling: FLOPs of that dense over these.
+    peak_bytes, later_peak_bytes: above the weights.
+    agreement: share of canvas tokens that are that dense's.
+    tokens_computed: of each step.
+    """
 
     cache: str
     policy: str
@@ -184,7 +194,7 @@ def _measure(
     order = list(requests)
     # A step's parts are the same whatever says how many steps there are.
     fixed = [setting for setting in order if setting.threshold is None]
-    # A run takes up to a minute; below the bar of runs, one of steps shows that it moves.
+    # A run takes up to a minute; a second bar counts its steps.
     steps_bar = not options.quiet and sys.stderr.isatty()
     with tqdm(
         total=(options.repeats + 2) * len(order) + len(fixed) + 1, desc="runs", unit="run", disable=options.quiet
@@ -275,7 +285,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="F",
         help="factors of parallel decoding by confidence; fixed steps are always run",
     )
-    work.add_argument("--cache", choices=CACHES, nargs="+", help="none is always run; default: the family's own too")
+    work.add_argument("--cache", choices=CACHES, nargs="+", help="none is always run; default: the family's too")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--repeats", type=int, default=3, help="runs of each setting; the fastest counts")
     machine.add_argument("--device", help="cpu or cuda; without it, cuda where there is one")

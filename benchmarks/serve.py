@@ -2,12 +2,12 @@
 
     python benchmarks/serve.py [MODEL] [--pictures FOLDER | --tasks FILE] [--json results.json] [--plot load.png]
 
-Starts one `vllm serve` whose pool holds --hold dense requests, and lets --clients clients ask it at once: first dense,
-then at each keep ratio, every client with one request at a time. Says how many requests were in flight, how long they
-took, how many answers per second came, and whether each is token for token what the same question gets alone. MODEL is
-any checkpoint folder; without it a random one is made. Ratios are those of this run.
+Starts one `vllm serve` whose pool holds --hold dense requests. --clients clients ask it at once, each with one request
+at a time: first dense, then at each keep ratio. Reports requests in flight, latencies and answers per second, and
+whether each answer has the tokens that the same question gets alone. MODEL is any checkpoint folder; without it a
+random one is made.
 
-`vllm bench serve` measures the same latencies, but takes no tokens and no memory: hence clients of our own.
+`vllm bench serve` measures the same latencies, but compares no tokens and reads no memory, so it is not used.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything the report says, as data for --json."""
     model = options.model or make_checkpoint(options.workdir, shape_of(options, "llada-v"))
-    asked = list(_pictures(options))
-    longest = max(_prompt_tokens(model, question, images) for question, images in asked) + options.gen_length
+    pictures = list(_pictures(options))
+    longest = max(_prompt_tokens(model, question, images) for question, images in pictures) + options.gen_length
     pool = options.hold * blocks_needed(longest, options.block_size)
-    questions = [_question(str(index), *pair) for index, pair in enumerate(asked)]
+    questions = [_question(str(index), *pair) for index, pair in enumerate(pictures)]
     flags = [
         *("--dtype", options.dtype, "--block-size", str(options.block_size), "--max-model-len", str(longest)),
         # One block more: vLLM keeps block 0 to itself.
         *("--num-gpu-blocks-override", str(pool + 1)),
-        # Whatever the pool holds may step at once: memory is to be what limits it.
+        # All requests in the pool may step at once, so that memory is the limit.
         *("--max-num-batched-tokens", str(pool * options.block_size), "--max-num-seqs", str(options.clients)),
         *options.server_flags,
     ]
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         row["goodput_ratio"] = row["goodput"] / rows[0]["goodput"] if rows[0]["goodput"] else None
         row["in_flight_ratio"] = row["in_flight_peak"] / rows[0]["in_flight_peak"]
         admitted, kept = row["kv_blocks_admitted"], row["kv_blocks_kept"]
-        # All but the newest have pruned when it is admitted.
+        # All others have pruned when the newest is admitted.
         row["in_flight_bound"] = min(options.clients, 1 + (pool - admitted) // kept)
     return {
         "model": str(model.name),

@@ -179,14 +179,14 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
             for number in numbers:
                 if options.seconds is not None and time.monotonic() - started > options.seconds:
                     return
-                own = Random(f"{options.seed}/{number}")
-                way = own.choices(list(SHARES), list(SHARES.values()))[0]
+                draw = Random(f"{options.seed}/{number}")
+                way = draw.choices(list(SHARES), list(SHARES.values()))[0]
                 if way == "good":
-                    await check_good(client, own.choice(good), findings)
+                    await check_good(client, draw.choice(good), findings)
                 elif way == "hostile":
-                    await check_hostile(client, hostile_request(model, own), findings)
+                    await check_hostile(client, hostile_request(model, draw), findings)
                 else:
-                    await leave_early(server.url, long_request(model, own), own, findings)
+                    await leave_early(server.url, long_request(model, draw), draw, findings)
                 bar.update()
                 bar.set_postfix(wrong=findings.wrong["all"])
 

@@ -1,6 +1,6 @@
 """What a soak sends: good requests with one right answer, and wrong and hostile ones that must be refused.
 
-`good_requests()` are few and fixed, so that each can be asked alone beforehand. `hostile_request(random)` is a new one
+`good_requests()` are few and fixed, so that each can be sent alone beforehand. `hostile_request(random)` is a new one
 each time. Bodies are bytes: no client library sends most of the hostile ones.
 """
 

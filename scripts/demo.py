@@ -1,8 +1,8 @@
 """Serves a model with `vllm serve --plugin redvtp`, asks it about pictures over the OpenAI API, and stops it again.
 
-`scripts/demo.sh` makes the environment and runs this. Every question is asked twice, with all visual tokens and with
-the best share of them. The default model is the small one in `examples/tiny_dvlm`, which reads the pictures beside it;
-`--model path/to/LLaDA-V --image photo.jpg --prompt "What is shown?"` asks another one.
+`scripts/demo.sh` makes the environment and runs this. Every question is sent twice, with all visual tokens and with
+the best share of them. The default model is the small one in `examples/tiny_dvlm`; `--model path/to/LLaDA-V --image
+photo.jpg --prompt "What is shown?"` asks another one.
 """
 
 from __future__ import annotations

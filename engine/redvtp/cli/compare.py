@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """What was asked for.
+    """The checked flags.
 
     denoising, pruning: what all cells share.
     repeats: answers of each cell.

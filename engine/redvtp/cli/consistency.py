@@ -37,7 +37,7 @@ def consistency(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 when questions could not be asked, 130 when interrupted."""
     check_libraries()
     with refusing():
-        asked = _questions(options)
+        chosen = _questions(options)
     check_checkpoint(options)
     make_folder("output", options.output)
     from redvtp.evaluation.consistency import compare
@@ -46,8 +46,8 @@ def consistency(options: argparse.Namespace) -> int:
     compared: list[tuple[Task, list[Comparison]]] = []
     failed: list[str] = []
     try:
-        with tqdm(total=len(asked), unit="question", disable=not sys.stderr.isatty()) as bar:
-            for task, result in compare(engine, asked):
+        with tqdm(total=len(chosen), unit="question", disable=not sys.stderr.isatty()) as bar:
+            for task, result in compare(engine, chosen):
                 bar.update()
                 if isinstance(result, str):
                     failed.append(f"{task.id}: {result}")

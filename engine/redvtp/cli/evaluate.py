@@ -55,7 +55,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Raises ValueError or BadInput for a flag with a value that is not allowed."""
-    # Lengths that not every task has are checked with the tasks; --cache is a list and has its own check.
+    # Lengths that not every task has are checked with the tasks; --cache is a list, which `cells` checks.
     alone = {"gen_length": options.gen_length or DenoisingParams().gen_length, "block_length": None, "steps": None}
     denoising = denoising_of(options, **alone, cache="none")
     lengths = {name: positive(name.replace("_", "-"), getattr(options, name)) for name in LENGTHS}

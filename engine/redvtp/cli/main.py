@@ -95,7 +95,7 @@ def _heatmap(commands: flags.Commands) -> None:
     parser = commands.add_parser(
         "heatmap",
         help="draw the pruning in a saved API response",
-        description="Draws what a request kept of its images, from a saved API response asked for with "
+        description="Draws what a request kept of its images, from an API response to a request with "
         '"redvtp_report": "full" (or from a trace of redvtp generate).',
     )
     add = parser.add_argument

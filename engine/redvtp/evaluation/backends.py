@@ -59,7 +59,7 @@ class EmbeddedBackend:
         self._engine = engine
 
     def answer(self, questions: Sequence[Question], take: Take) -> None:
-        asked: list[Question] = []
+        taken: list[Question] = []
 
         def requests() -> Iterator[Request]:
             for question in questions:
@@ -68,11 +68,11 @@ class EmbeddedBackend:
                 except ValueError as error:
                     take(question, Answer(error=str(error)))
                     continue
-                asked.append(question)
+                taken.append(question)
                 yield request
 
         for number, generation in self._engine.stream(requests()):
-            take(asked[number], _answer(generation))
+            take(taken[number], _answer(generation))
 
 
 def request_of(question: Question, engine: LocalEngine) -> Request:

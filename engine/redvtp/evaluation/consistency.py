@@ -46,8 +46,8 @@ class Comparison:
 Compared = Sequence[tuple[Task, Sequence[Comparison]]]
 
 
-def compare(engine: LocalEngine, asked: Sequence[Question]) -> Iterator[tuple[Task, list[Comparison] | str]]:
-    """Each task with its comparisons, in the order in which they end, or with the reason why it cannot be asked."""
+def compare(engine: LocalEngine, chosen: Sequence[Question]) -> Iterator[tuple[Task, list[Comparison] | str]]:
+    """Each task with its comparisons, in the order in which they end. A text is the reason why it cannot be asked."""
     scored: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     refused: list[tuple[Task, str]] = []
     taken: list[Question] = []
@@ -56,7 +56,7 @@ def compare(engine: LocalEngine, asked: Sequence[Question]) -> Iterator[tuple[Ta
         scored[sequence.request_id].append((step, importance))
 
     def requests() -> Iterator[Request]:
-        for question in asked:
+        for question in chosen:
             try:
                 request = request_of(question, engine)
             except ValueError as error:

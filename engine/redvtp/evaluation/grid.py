@@ -1,4 +1,4 @@
-"""What is compared. A cell is a pruning policy, a keep ratio and a cache mode; every question is asked in every cell.
+"""What is compared. A cell is a pruning policy, a keep ratio and a cache mode; every question goes to every cell.
 
 Dense (`none`, which keeps everything) is a cell of each cache mode, since all others are compared with it. Ratio 1 runs
 once, as dense: a policy that keeps everything gives dense's tokens, which a test of the engine verifies. A policy that
@@ -68,7 +68,7 @@ DENSE = Cell("none", 1.0, "none")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One task in one cell, ready to be asked."""
+    """One task in one cell: a complete request but for its images."""
 
     task: Task
     cell: Cell

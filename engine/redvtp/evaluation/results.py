@@ -1,4 +1,4 @@
-"""The folder of one evaluation: what was asked, every answer as it came, and what follows from them.
+"""The folder of one evaluation: its configuration, every answer as it came, and the results.
 
     run.json       the configuration, written once
     results.jsonl  one line for each answer, appended and flushed at once
@@ -132,7 +132,7 @@ class Results:
 
 
 def cell_of(row: dict[str, Any]) -> Cell:
-    # Folders of earlier versions have a ratio here: such a policy was asked once for each.
+    # Folders of earlier versions have a ratio here: such a policy ran once for each.
     keep_ratio = None if has_own_budget(row["policy"]) else row["keep_ratio"]
     return Cell(row["policy"], keep_ratio, row["cache"])
 

@@ -1,4 +1,4 @@
-"""Asking every question in every cell, and going on after an interruption.
+"""Asks every question in every cell, and goes on after an interruption.
 
     plan = plan_of(read_tasks("tasks.jsonl"), settings, cells, limit=None, concurrency=8)
     with Results(folder, configuration) as results:
@@ -48,11 +48,11 @@ class Plan:
 def plan_of(file: TaskFile, settings: Settings, cells: Sequence[Cell], limit: int | None, concurrency: int) -> Plan:
     """limit: only the first tasks. concurrency: questions at a time. Raises ValueError as `questions` does."""
     tasks, in_a_round = file.tasks[:limit], ROUND * concurrency
-    asked = {cell: questions(tasks, cell, settings) for cell in cells}
+    of_cell = {cell: questions(tasks, cell, settings) for cell in cells}
     rounds = []
     for number, first in enumerate(range(0, len(tasks), in_a_round)):
         turn = number % len(cells)
-        rounds += [asked[cell][first : first + in_a_round] for cell in (*cells[turn:], *cells[:turn])]
+        rounds += [of_cell[cell][first : first + in_a_round] for cell in (*cells[turn:], *cells[:turn])]
     return Plan(file, settings, list(cells), rounds)
 
 

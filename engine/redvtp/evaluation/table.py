@@ -1,6 +1,6 @@
 """The report of an evaluation as Markdown tables that also line up in a terminal.
 
-Accuracy and speed of a cell come from the same run and stand in the same row.
+Accuracy and speed in a row come from the same run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def report(title: str, facts: Iterable[str], cells: Sequence[dict[str, Any]]) ->
     ]
     for kind in ("groups", "tasks"):
         names = list(dict.fromkeys(name for cell in cells for name in cell[kind]))
-        # One task, and nothing else: its table is the one above.
+        # With one task, its table is the one above.
         if kind == "tasks" and len(names) < 2:
             continue
         for name in names:
