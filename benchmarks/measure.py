@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from meters import PeakMemory, Stopwatch
 
-import redvtp.denoising.step
+import redvtp.denoising.commit
 from redvtp.attention.scores import AttentionScores
-from redvtp.attention.torch_paged import TorchPagedAttention
+from redvtp.attention.torch_paged import TorchPrepared
 from redvtp.denoising.pruner import Pruner
 from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed
@@ -120,10 +120,11 @@ def _watched(engine: LocalEngine) -> list[tuple[Any, str, str]]:
     linears = [module for module in language_model.layers.modules() if isinstance(module, torch.nn.Linear)]
     return [
         *((linear, "forward", "linears") for linear in linears),
-        (TorchPagedAttention, "__call__", "attention and page writes"),
+        (TorchPrepared, "write", "attention and page writes"),
+        (TorchPrepared, "attend", "attention and page writes"),
         (AttentionScores, "accumulate", "scoring of visual tokens"),
         (language_model, "forward", "norms, rotary, activations, residuals"),
         (language_model, "logits", "logits"),
-        (redvtp.denoising.step, "propose", "choice of tokens"),
+        (redvtp.denoising.commit, "propose_in_parts", "choice of tokens"),
         (Pruner, "prune", "choice of visual tokens, compaction"),
     ]

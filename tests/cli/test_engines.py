@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from golden_data import Case, Run, checkpoint_dir, runs
-from redvtp.cli.flags import BadInput
 from redvtp.cli.main import main
+from redvtp.errors import BadInput
 from redvtp.params import CACHES, DenoisingParams, PruningParams
 from redvtp.prompt import load_tokenizer
 from redvtp.trace import Trace

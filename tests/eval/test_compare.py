@@ -11,8 +11,8 @@ from PIL import Image, ImageChops
 
 from eval.task_files import FLAGS, MODEL, in_process
 from golden_data import Case
-from redvtp.cli.compare import agreement
-from redvtp.cli.evaluation_flags import COMPARED
+from redvtp.cli.flags import COMPARED
+from redvtp.evaluation.comparison import agreement
 from redvtp.evaluation.sheet import WIDTH, Panel, sheet
 from redvtp.params import PRESETS
 

@@ -12,9 +12,9 @@ import torch
 
 from eval.task_files import CHECKPOINT, FLAGS, MODEL, in_process, tasks, write
 from golden_data import Case, Run, runs
-from redvtp.cli.consistency import compare, top_overlap
 from redvtp.denoising.sequence import Sequence
 from redvtp.evaluation.backends import request_of
+from redvtp.evaluation.consistency import compare, top_overlap
 from redvtp.evaluation.grid import Cell, Question, Settings, questions
 from redvtp.evaluation.tasks import read_tasks
 from redvtp.local import LocalEngine, Request

@@ -1,4 +1,4 @@
-"""`python -m redvtp.cli.main`."""
+"""`python -m redvtp.cli`."""
 
 import sys
 

@@ -1,200 +1,168 @@
-"""The `redvtp` command: one request from an image file and a question to an answer, with a trace and a heat map.
+"""The `redvtp` command: parses the command line and starts the command it names.
 
     redvtp generate CHECKPOINT --image photo.jpg --prompt "What is shown?" --keep-ratio 0.25 --heatmap kept.png
     redvtp heatmap response.json --image photo.jpg --output kept.png
 
-`redvtp eval`, `redvtp consistency` and `redvtp compare` are in `redvtp.evaluation`. Bad input ends with status 2 and
-one line on stderr. An engine is a function that answers one request with a `Trace`: `local` is here, others are
-found under the entry point group `redvtp.engines`.
+Each command is a file of this folder. Bad input ends with status 2 and one line on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
 
-from redvtp.cli.flags import check_outputs, check_picture, params_of, parse, positive
+from redvtp.cli import flags, knob_flags
+from redvtp.cli.checks import INTERRUPTED, warn
 from redvtp.errors import BadInput
-from redvtp.errors import refusing as refusing
-
-if TYPE_CHECKING:
-    from redvtp.local import Request
-    from redvtp.trace import Trace
-
-ENGINES = "redvtp.engines"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What an engine is started with. None: the engine's own default. progress: show a bar on stderr."""
-
-    model: str
-    dtype: str
-    max_model_len: int | None
-    block_size: int | None
-    progress: bool
-
-
-class Engine(Protocol):
-    """Answers one request. Raises BadInput for a request or a checkpoint that it cannot serve."""
-
-    def __call__(self, options: EngineOptions, request: Request) -> Trace: ...
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     options = parse(arguments)
     try:
-        if options.command == "generate":
-            return _generate(options)
-        if options.command == "heatmap":
-            return _heatmap(options)
-        from redvtp.cli.evaluate import COMMANDS
-
-        return COMMANDS[options.command](options)
+        return command(options.command)(options)
     except BadInput as error:
-        print(f"redvtp {options.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        warn(options.command, f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print(f"redvtp {options.command}: interrupted", file=sys.stderr)
-        return 130
+        warn(options.command, "interrupted")
+        return INTERRUPTED
 
 
-def _generate(options: argparse.Namespace) -> int:
-    request, engine_options = _prepare(options)
-    trace = _engine(options.engine)(engine_options, request)
-    _write(options, trace, request)
-    return 0
+def command(name: str) -> Callable[[argparse.Namespace], int]:
+    """The function of a command. Its imports wait until here, so that `--help` is quick."""
+    match name:
+        case "generate":
+            from redvtp.cli.generate import generate
+
+            return generate
+        case "heatmap":
+            from redvtp.cli.heatmap import heatmap
+
+            return heatmap
+        case "eval":
+            from redvtp.cli.evaluate import evaluate
+
+            return evaluate
+        case "consistency":
+            from redvtp.cli.consistency import consistency
+
+            return consistency
+        case "compare":
+            from redvtp.cli.compare import compare
+
+            return compare
+        case _:
+            raise ValueError(f"no command {name!r}")
 
 
-def _heatmap(options: argparse.Namespace) -> int:
-    """Draws the pruning in a saved API response (or trace) over the images that were sent."""
-    from redvtp.families.config import load_config
-    from redvtp.heatmap import draw_saved, prunings_of
-    from redvtp.vision.images import open_image
-
-    with refusing():
-        check_picture("output", options.output)
-        saved = _read_json(options.response)
-        prunings_of(saved)
-        # A server that was started with a folder answers with it as the model's name.
-        folder = options.model or saved.get("model")
-        if not folder or not (Path(folder) / "config.json").is_file():
-            raise BadInput(f"{folder or 'no model'} is not a checkpoint folder on this machine; name it with --model")
-        draw_saved([open_image(path) for path in options.image], load_config(folder), saved).save(options.output)
-    return 0
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parsed flags. Ends the process with status 2 if argparse refuses them."""
+    parser = flags.Parser(prog="redvtp", description="Diffusion vision-language models with visual-token pruning.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=flags.Parser)
+    for add in (_generate, _heatmap, _evaluate, _consistency, _compare):
+        add(commands)
+    options = parser.parse_args(arguments)
+    # `--raw-prompt TEXT` and `--prompt TEXT --raw-prompt` say the same.
+    if options.command == "generate" and isinstance(options.raw_prompt, str):
+        if options.prompt is not None:
+            parser.error("--prompt TEXT and --raw-prompt TEXT exclude each other")
+        options.prompt, options.raw_prompt = options.raw_prompt, True
+    return options
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not JSON: {error}") from error
+def _generate(commands: flags.Commands) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="answer a question about images, or one without",
+        description="Answers a question about images (or about none) with a diffusion vision-language model.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, in the layout it was published in")
+    flags.request_flags(parser)
+    knob_flags.denoising_flags(parser)
+    knob_flags.pruning_flags(parser)
+    flags.engine_flags(parser, choice=True)
+    add = parser.add_argument_group("output").add_argument
+    add("--trace", type=Path, metavar="FILE.json", help="write what each step did")
+    heatmap = "write the images with pruned patches greyed out and the scores laid over them"
+    add("--heatmap", type=Path, metavar="FILE.png", help=heatmap)
+    add("--json", action="store_true", help="print a JSON object with counts beside the answer")
 
 
-def local_engine(options: EngineOptions, request: Request) -> Trace:
-    """`LocalEngine`, in this process, without vLLM."""
-    from redvtp.local import LocalEngine
-    from redvtp.trace import trace_of_generation
-
-    with refusing():
-        engine = LocalEngine(
-            options.model,
-            dtype=options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=1,
-            block_size=options.block_size or 32,
-        )
-        engine.tokenize(request)
-    (generation,) = engine.generate([request], progress=options.progress)
-    return trace_of_generation(options.model, generation)
+def _heatmap(commands: flags.Commands) -> None:
+    parser = commands.add_parser(
+        "heatmap",
+        help="draw the pruning in a saved API response",
+        description="Draws what a request kept of its images, from an API response to a request with "
+        '"redvtp_report": "full" (or from a trace of redvtp generate).',
+    )
+    add = parser.add_argument
+    add("response", metavar="RESPONSE.json", type=Path, help="the response's JSON, not streamed")
+    images = "the images of the request, in their order"
+    add("--image", nargs="+", action="extend", required=True, type=Path, metavar="FILE", help=images)
+    add("--output", required=True, type=Path, metavar="FILE.png", help="the picture to write")
+    model = "checkpoint folder; only its config.json is read (default: the response's model, if that is a folder)"
+    add("--model", metavar="MODEL", help=model)
 
 
-def _engine(name: str) -> Engine:
-    if name == "local":
-        return local_engine
-    found = entry_points(group=ENGINES, name=name)
-    if not found:
-        names = ", ".join(["local", *sorted(entry_points(group=ENGINES).names)])
-        raise BadInput(f"--engine must be one of {names}, got {name!r}")
-    engine: Engine = next(iter(found)).load()
-    return engine
+def _evaluate(commands: flags.Commands) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="accuracy, speed and memory over a file of questions",
+        description="Asks every question of a file with every pruning policy, keep ratio and cache mode, through the "
+        "embedded engine or a running server. Reports accuracy, speed and memory of that one run. An interrupted run "
+        "goes on where it stopped when it is started again.",
+    )
+    model = "checkpoint folder, or http://... of a running server"
+    parser.add_argument("model", metavar="MODEL_OR_URL", help=model)
+    flags.task_flags(parser)
+    flags.comparison_flags(parser, "none,redvtp,random,uniform", "1.0,0.75,0.5,0.25,0.1")
+    knob_flags.denoising_flags(parser, many_requests=True, many_caches=True)
+    server = "ask this server; MODEL_OR_URL is then the name of the model it serves"
+    parser.add_argument_group("server").add_argument("--server", metavar="URL", help=server)
+    flags.engine_flags(parser)
+    add = parser.add_argument_group("output").add_argument
+    output = "folder of the results; the same one goes on with them"
+    add("--output", type=Path, required=True, metavar="DIR", help=output)
+    add("--json", action="store_true", help="print the summary as JSON instead of the tables")
 
 
-def _prepare(options: argparse.Namespace) -> tuple[Request, EngineOptions]:
-    """Everything that can be refused before a model is loaded, quickest first."""
-    with refusing():
-        denoising, pruning = params_of(options)
-        check_outputs(options)
-        if options.prompt is None:
-            raise BadInput("no question was given; pass --prompt TEXT")
-        if not (Path(options.model) / "config.json").is_file():
-            raise BadInput(f"{options.model} is not a checkpoint folder: it has no config.json")
-        engine_options = EngineOptions(
-            options.model,
-            options.dtype,
-            positive("max-model-len", options.max_model_len),
-            positive("block-size", options.block_size),
-            progress=sys.stderr.isatty(),
-        )
-        # torch and transformers take seconds to import: only once the flags are known to be good.
-        from redvtp.families.config import load_config
-        from redvtp.local import Request
-        from redvtp.prompt import chat_prompt
-        from redvtp.vision.images import open_image
-
-        images = tuple(open_image(path) for path in options.image)
-        prompt: str = options.prompt
-        if not options.raw_prompt:
-            family = load_config(options.model).family
-            prompt = chat_prompt(family.load_tokenizer(options.model), prompt, len(images), template=family.template)
-        return Request(prompt, images, denoising, pruning), engine_options
+def _consistency(commands: flags.Commands) -> None:
+    parser = commands.add_parser(
+        "consistency",
+        help="how steady the importance of visual tokens is over the denoising steps",
+        description="Scores the visual tokens at every denoising step, without pruning, and compares each step with "
+        "the first one, which is the one that RedVTP prunes by.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder")
+    flags.task_flags(parser)
+    knob_flags.denoising_flags(parser, many_requests=True)
+    flags.engine_flags(parser)
+    add = parser.add_argument_group("output").add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="folder for consistency.json and the plot")
+    add("--json", action="store_true", help="print the summary as JSON instead of the table")
 
 
-def _write(options: argparse.Namespace, trace: Trace, request: Request) -> None:
-    if options.trace:
-        from redvtp.trace import write_trace
-
-        write_trace(options.trace, trace)
-    if options.heatmap:
-        _draw(options.heatmap, trace, request)
-    print(json.dumps(_summary(trace)) if options.json else trace["text"])
-
-
-def _draw(path: Path, trace: Trace, request: Request) -> None:
-    from redvtp.families.config import load_config
-    from redvtp.heatmap import draw_saved
-
-    if not trace["prunings"]:
-        reason = "the answer was complete before a step after which visual tokens are dropped; take more --steps"
-        print(f"redvtp generate: no heat map was written: {reason}", file=sys.stderr)
-        return
-    draw_saved(request.images, load_config(trace["model"]), trace).save(path)
-
-
-def _summary(trace: Trace) -> dict[str, Any]:
-    """What `--json` prints: the trace without its steps, and their sums."""
-    kept = [len(pruning["kept"]) for pruning in trace["prunings"]]
-    return {
-        "model": trace["model"],
-        "text": trace["text"],
-        "output_ids": trace["output_ids"],
-        "finish_reason": trace["finish_reason"],
-        "prompt_tokens": trace["prompt_tokens"],
-        "visual_tokens": trace["visual_tokens"],
-        "visual_tokens_kept": kept[-1] if kept else trace["visual_tokens"],
-        "denoising_steps": len(trace["steps"]),
-        "blocks_freed": sum(step["blocks_freed"] for step in trace["steps"]),
-        "ms": sum(step["ms"] for step in trace["steps"]),
-    }
+def _compare(commands: flags.Commands) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="one question under several policies, in a table and a picture",
+        description="Asks one question about images with every policy, keep ratio and cache mode, by turns in one "
+        "process. Prints what each kept, took and answered beside the dense answer.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder")
+    add = parser.add_argument_group("request").add_argument
+    add("--image", nargs="+", action="extend", default=[], type=Path, metavar="FILE", help="image files")
+    add("--prompt", metavar="TEXT", help="the question; the images go in front of it")
+    flags.comparison_flags(parser, ",".join(flags.COMPARED), "0.75,0.5,0.25")
+    knob_flags.denoising_flags(parser, many_caches=True)
+    flags.engine_flags(parser)
+    add = parser.add_argument_group("measuring and output").add_argument
+    add("--repeats", type=knob_flags.integer, default=3, metavar="N", help="times each is asked (default %(default)s)")
+    add("--output", type=Path, metavar="FILE.png", help="picture of all heat maps side by side")
+    add("--json", type=Path, metavar="FILE.json", help="write the results there, with every pruning")
 
 
 if __name__ == "__main__":

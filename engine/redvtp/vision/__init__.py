@@ -1,1 +1,1 @@
-"""Images to visual tokens: open, tile, run the tower, merge. Counts and boxes need sizes only."""
+"""Images to visual tokens: open, tile, run the tower, merge. Sizes alone give token counts: prompts need no pixels."""
