@@ -31,6 +31,9 @@ class Canvas:
     acceptance: in place of steps and schedule, each step commits what this accepts. A block takes at most as many steps
         as it had tokens to decide; only proposals of the mask id can make it come to that, and the last step then
         commits all there are.
+
+    Methods: half of them are properties that planner, commit and drivers read; a step calls masked_rows, choose, commit
+    and resolved_growth.
     """
 
     def __init__(
@@ -194,15 +197,23 @@ class Canvas:
             self._block, self._step_in_block = self._block + 1, 0
 
     def _find_stop(self) -> None:
-        if not self._stops:
-            return
-        ids: list[int] = self.tokens.tolist()
-        for stop in self._stops:
-            # A match may reach past the present stop, but only one that starts before it moves the stop.
-            limit = len(ids) if self._stop_at is None else self._stop_at
-            start = _first_match(ids, stop, limit)
-            if start is not None:
-                self._stop_at, self._stop_length = start, len(stop)
+        if self._stops:
+            found = first_stop(self.tokens.tolist(), self._stops, self._stop_at)
+            if found is not None:
+                self._stop_at, self._stop_length = found
+
+
+def first_stop(ids: list[int], stops: tuple[tuple[int, ...], ...], before: int | None) -> tuple[int, int] | None:
+    """Where the first of the stop sequences starts in ids, and its length; None where none starts.
+
+    before: only one that starts before this place counts, though it may reach past it.
+    """
+    found = None
+    for stop in stops:
+        start = _first_match(ids, stop, len(ids) if before is None else before)
+        if start is not None:
+            found, before = (start, len(stop)), start
+    return found
 
 
 def _first_match(ids: list[int], stop: tuple[int, ...], limit: int) -> int | None:

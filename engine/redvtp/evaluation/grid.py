@@ -10,23 +10,19 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from typing import Any
 
 from redvtp.evaluation.tasks import LENGTHS, Task
 from redvtp.params import DenoisingParams, PruningParams
+from redvtp.presets import PRESET_TABLE
 
 # Parameters that a cell sets; all others are the same for every question.
 _OF_CELL = {"cache", "preset", "keep_ratio"}
 
 
-@cache
 def has_own_budget(preset: str) -> bool:
     """Whether a preset decides by itself how much is kept, so that keep_ratio changes nothing."""
-    # Here, not above: flags are checked before torch is imported.
-    from redvtp.pruning.policy import _PRESETS
-
-    return preset in _PRESETS and (_PRESETS[preset].mass is not None or _PRESETS[preset].withdraw)
+    return preset in PRESET_TABLE and PRESET_TABLE[preset].own_budget
 
 
 @dataclass(frozen=True, slots=True)
