@@ -35,8 +35,8 @@ def register() -> None:
         ModelRegistry.register_model(family.architecture, "vllm_redvtp.served_model:ServedDvlm")
         MODELS_CONFIG_MAP[family.architecture] = DvlmModelConfig
         register_chat_template_fallback_path(family.model_type, family.template.path)
-    # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer (as vLLM's own "inkling"
-    # mode does).
+    # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer, as vLLM's "inkling"
+    # mode does.
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.frontend.renderer", "DiffusionRenderer")
     install_plugin_option()

@@ -42,7 +42,7 @@ def _keys(raw: Mapping[str, Any]) -> Mapping[str, str]:
 
 def _config_class(model_type: str) -> type[DvlmHfConfig]:
     name = "".join(part.capitalize() for part in model_type.split("_")) + "Config"
-    # Transformers replaces the `__init__` that a subclass inherits, but not one of its own.
+    # Transformers replaces an inherited `__init__`, but not one in the class body.
     body = {"model_type": model_type, "__init__": DvlmHfConfig.__init__, "__module__": __name__}
     made = type(name, (DvlmHfConfig,), body)
     # vLLM sends configs to its worker processes, and pickle finds a class by its module and name.

@@ -110,7 +110,7 @@ def load_tokenizer(model_dir: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
-        # The tokenizers library has no error class of its own.
+        # The tokenizers library has no error class.
         raise ValueError(f"the tokenizer in {path} cannot be read: {error}") from error
     return tokenizer
 
@@ -141,7 +141,7 @@ def split_prompt(
     """Ids of the pieces between image marks, `num_images` + 1 of them.
 
     What `ChatTemplate.drops_behind` drops is the newline that the template puts after `<image>`. Text put straight
-    after a mark loses a token of its own, so keep the newline.
+    after a mark loses its first token, so keep the newline.
     """
     parts = text.split(IMAGE_MARK)
     if len(parts) - 1 != num_images:

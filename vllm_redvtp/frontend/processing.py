@@ -92,7 +92,7 @@ class DvlmProcessor(BaseMultiModalProcessor[DvlmProcessingInfo]):
             "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", num_tiles),
             "num_tiles": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
             "image_sizes": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
-            # vLLM's own hash of an image is whatever the client says (`uuid`).
+            # vLLM's hash of an image is the client's `uuid`, which can be wrong.
             "image_digest": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
         }
 

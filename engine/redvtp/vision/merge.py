@@ -54,7 +54,7 @@ class TokenGrid:
 
 
 def token_grid(width: int, height: int, tiling: Tiling) -> TokenGrid:
-    """The grid of an "anyres" image of this size. Raises ValueError when nothing is left of it."""
+    """The grid of an "anyres" image of this size. Raises ValueError when no token remains."""
     grid = choose_grid(width, height, tiling.pinpoints)
     side, tile = tiling.side, tiling.tile
     cols, rows = grid.canvas[0] // tile * side, grid.canvas[1] // tile * side
