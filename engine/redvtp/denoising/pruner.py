@@ -5,7 +5,7 @@ A policy says when and how many (`redvtp.pruning.policy`), `redvtp.pruning.budge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from redvtp.attention.scores import AttentionScores, masked_row_importance
 from redvtp.clock import Clock
 from redvtp.denoising.page_history import Move
+from redvtp.denoising.ranks import ALONE, Ranks
 from redvtp.denoising.sequence import BEFORE_ALL_STEPS, Sequence
 from redvtp.kv.blocks import blocks_needed
 from redvtp.kv.compaction import CompactionPlan, plan_compaction
@@ -26,21 +27,19 @@ Moves = list[tuple[range, CompactionPlan]]
 
 
 class Pruner:
-    """See `DenoisingRunner` for reduce_scores and agree."""
+    """See `DenoisingRunner` for ranks."""
 
     def __init__(
         self,
         cache: KVPages,
         device: torch.device,
         clock: Clock,
-        reduce_scores: Callable[[Tensor], Tensor] | None,
-        agree: Callable[[Tensor], Tensor],
+        ranks: Ranks,
     ) -> None:
         self._cache = cache
         self._device = device
         self._clock = clock
-        self._reduce_scores = reduce_scores
-        self._agree = agree
+        self._ranks = ranks
 
     def prune_before(self, sequence: Sequence) -> None:
         """See `DenoisingRunner.prune_before`."""
@@ -50,7 +49,7 @@ class Pruner:
         if policy.source == "features":
             with self._clock.measure("score"):
                 visual = sequence.prompt_embeds.index_select(0, sequence.visual_rows.to(self._device))
-                importance = self._agree(feature_importance(visual).to(self._device)).cpu()
+                importance = self._ranks.broadcast_from_rank0(feature_importance(visual).to(self._device)).cpu()
         else:
             importance = torch.tensor(policy.importance)
         kept = self.choose(sequence, policy.before, importance)
@@ -76,14 +75,14 @@ class Pruner:
                     means.append(masked_row_importance(rows, counting[index].to(rows.device)))
                 else:
                     means.append(rows.mean(0))
-            agreed = self._agree(torch.cat(means)).cpu()
+            agreed = self._ranks.broadcast_from_rank0(torch.cat(means)).cpu()
             return dict(zip(scored, agreed.split([part.numel() for part in means]), strict=True))
 
     def _summed_over_ranks(self, scored: dict[int, Tensor]) -> dict[int, Tensor]:
-        if self._reduce_scores is None:
+        if self._ranks is ALONE:
             return scored
         # Once for all of them.
-        summed = self._reduce_scores(torch.cat([rows.flatten() for rows in scored.values()]))
+        summed = self._ranks.sum_scores(torch.cat([rows.flatten() for rows in scored.values()]))
         parts = summed.split([rows.numel() for rows in scored.values()])
         return {i: part.view_as(rows) for (i, rows), part in zip(scored.items(), parts, strict=True)}
 

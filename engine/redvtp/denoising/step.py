@@ -24,6 +24,7 @@ from redvtp.denoising.forward import Passed, Rest, Shorten, run_in_stages
 from redvtp.denoising.layer_exit import StepCuts, rest_of_origin, rest_of_withdrawal
 from redvtp.denoising.page_history import OriginCut, RewritingAttention
 from redvtp.denoising.pruner import Moves, Pruner
+from redvtp.denoising.ranks import ALONE, Ranks
 from redvtp.denoising.sequence import Sequence, StepPlan
 from redvtp.kv.blocks import blocks_needed, slots_of_all
 from redvtp.kv.compaction import compact_each
@@ -59,9 +60,7 @@ class PackedStep:
 class DenoisingRunner:
     """Steps batches of sequences over one model and one paged cache.
 
-    reduce_scores: sums attention scores over tensor-parallel ranks, each of which has its own heads.
-    agree: gives every rank the first one's numbers, of all those that decide something. Ranks compute them alike, but
-    not always to the last bit, and caches that are cut differently would never meet again.
+    ranks: the collectives of tensor-parallel ranks; nothing to do on one.
     attention: the backend over `cache`; torch's when None.
     observe: if set, every full step is scored, whether or not it prunes, and told: the sequence, the number of the step
     and the importance of its visual tokens, [visual] float32. A step that leaves nothing undecided has none.
@@ -72,17 +71,16 @@ class DenoisingRunner:
         model: Dvlm,
         cache: KVPages,
         special: SpecialTokens,
-        reduce_scores: Callable[[Tensor], Tensor] | None = None,
-        agree: Callable[[Tensor], Tensor] | None = None,
+        ranks: Ranks = ALONE,
         attention: MakeAttention | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.special = special
-        self._agree = agree or (lambda numbers: numbers)
+        self._broadcast_from_rank0 = ranks.broadcast_from_rank0
         self._make_attention = attention or partial(TorchPagedAttention, cache)
         self.clock = Clock(model.device)
-        self._pruner = Pruner(cache, model.device, self.clock, reduce_scores, self._agree)
+        self._pruner = Pruner(cache, model.device, self.clock, ranks)
         self.observe: Callable[[Sequence, int, Tensor], None] | None = None
         # By the `id` of a sequence, its rows in this step summed over the layers they went through.
         self._row_layers: Counter[int] = Counter()
@@ -213,7 +211,7 @@ class DenoisingRunner:
         if self.model.config.family.shifted_logits:
             ends = [segment.end for segment in passed.segments]
             last = self._logits(passed.hidden[torch.tensor(ends, device=self.model.device) - 1])
-            first = self._agree(last[:, : self.special.vocab].argmax(-1))
+            first = self._broadcast_from_rank0(last[:, : self.special.vocab].argmax(-1))
             for sequence, token in zip(batch, first.tolist(), strict=True):
                 sequence.canvas.decide(0, token)
 
@@ -362,7 +360,7 @@ class DenoisingRunner:
         choices = [Choice(seq.denoising.temperature, seq.denoising.remasking, seq.generator) for seq in batch]
         proposals = propose(logits, self.special.vocab, choices, counts)
         committed: list[Tensor] = []
-        decided = [self._agree(part).split(counts) for part in (proposals.tokens, proposals.confidence)]
+        decided = [self._broadcast_from_rank0(part).split(counts) for part in (proposals.tokens, proposals.confidence)]
         of_each = zip(batch, packed.plans, candidates, *decided, strict=True)
         for sequence, plan, masked, tokens, confidence in of_each:
             chosen = sequence.canvas.choose(tokens, confidence, plan.start)
