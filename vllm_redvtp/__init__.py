@@ -7,8 +7,6 @@ of one of the families is served. Other models are served as if the plugin were 
 
 from __future__ import annotations
 
-PLUGIN_NAME = "redvtp"
-
 _registered = False
 
 
@@ -27,8 +25,9 @@ def register() -> None:
     from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
 
     from redvtp.families.family import FAMILIES
-    from vllm_redvtp.hook import TOKENIZER_MODE, DvlmModelConfig, LlavaDreamConfig, LlavaLladaConfig
-    from vllm_redvtp.patches import install_plugin_option
+    from vllm_redvtp.engine_config import TOKENIZER_MODE, LlavaDreamConfig, LlavaLladaConfig
+    from vllm_redvtp.hook import DvlmModelConfig, refuse_explicit
+    from vllm_redvtp.patches import install_check_of_flags, install_plugin_option
 
     for config in (LlavaLladaConfig, LlavaDreamConfig):
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -42,4 +41,5 @@ def register() -> None:
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.frontend.renderer", "DiffusionRenderer")
     install_plugin_option()
+    install_check_of_flags(refuse_explicit)
     _registered = True

@@ -20,8 +20,8 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_name, load_weights
 from redvtp.prompt import IMAGE_MARK
+from vllm_redvtp.engine_config import engine_config
 from vllm_redvtp.frontend.processing import DvlmDummyInputs, DvlmProcessingInfo, DvlmProcessor
-from vllm_redvtp.hook import engine_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

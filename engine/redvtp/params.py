@@ -171,7 +171,9 @@ class DenoisingParams:
         _one_of("schedule", self.schedule, SCHEDULES)
         low, high = SCHEDULE_SHIFTS
         if not _is_number(self.schedule_shift) or not low <= self.schedule_shift <= high:
-            raise InvalidRequest(f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}")
+            raise InvalidRequest(
+                f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}"
+            )
         _one_of("remasking", self.remasking, REMASKINGS)
         self._check_confidence_rule()
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
@@ -182,7 +184,9 @@ class DenoisingParams:
             raise InvalidRequest(f"suffix must be a string, got {shown(self.suffix)}")
         _text("suffix", self.suffix)
         if not isinstance(self.draft, str) or (self.draft and MASK_MARK not in self.draft):
-            raise InvalidRequest(f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}")
+            raise InvalidRequest(
+                f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}"
+            )
         _text("draft", self.draft)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequest(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")

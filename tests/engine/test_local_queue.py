@@ -81,8 +81,8 @@ def test_no_block_is_lost_when_a_step_fails(monkeypatch: pytest.MonkeyPatch) -> 
     def fail(*_: Any) -> Any:
         raise RuntimeError("planted")
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="planted"):
-        patch.setattr(local.runner, "step", fail)
+    monkeypatch.setattr(local.runner, "step", fail)
+    with pytest.raises(RuntimeError, match="planted"):
         local.generate([_request(local)] * 2)
     assert local.blocks.num_free == 64
 

@@ -23,7 +23,7 @@ def test_llada_v_gets_our_parts() -> None:
     config = engine_config(MODEL)
     assert config.scheduler_config.scheduler_cls == "vllm_redvtp.scheduling.scheduler.DiffusionScheduler"
     assert config.parallel_config.worker_cls.startswith("vllm_redvtp.worker.worker.")
-    assert config.model_config.logits_processors == ["vllm_redvtp.knobs:RequestKnobs"]
+    assert config.model_config.logits_processors == ["vllm_redvtp.frontend.refusals:RequestKnobs"]
     assert config.model_config.tokenizer_mode == "redvtp"
     assert config.model_config.enforce_eager
     assert config.cache_config.block_size == 32

@@ -16,8 +16,8 @@ from redvtp.attention.interface import MakeAttention
 from redvtp.attention.torch_paged import TorchPagedAttention
 from redvtp.checkpoint.config import DvlmConfig
 from redvtp.kv.pages import KVPages, PagedKVCache
-from vllm_redvtp.hook import engine_config
-from vllm_redvtp.knobs import attention_asked
+from vllm_redvtp.engine_config import engine_config
+from vllm_redvtp.server_options import attention_option
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 def runs_on_kernel(vllm_config: VllmConfig) -> bool:
     """Whether response steps run on vLLM's CPU kernel. Raises ValueError where it was asked for and cannot be had."""
-    asked = attention_asked(vllm_config)
+    asked = attention_option(vllm_config)
     if asked == "auto":
-        return why_torch(vllm_config) is None
+        return torch_reason(vllm_config) is None
     obstacle = kernel_obstacle(vllm_config) if asked == "cpu" else None
     if obstacle:
         raise ValueError(f"attention 'cpu' cannot be used: {obstacle}; use 'auto' or 'torch'")
@@ -46,16 +46,16 @@ def attention_over(cache: KVPages, config: DvlmConfig, vllm_config: VllmConfig) 
     return partial(CpuPagedAttention, cache, heads)
 
 
-def told_at_start(vllm_config: VllmConfig) -> str:
+def attention_summary(vllm_config: VllmConfig) -> str:
     """One line for the log: what attention runs on, and why where that was not the user's word."""
     if runs_on_kernel(vllm_config):
         return "response steps on vLLM's CPU kernel, full steps on torch"
-    if attention_asked(vllm_config) == "torch":
+    if attention_option(vllm_config) == "torch":
         return "torch, as asked"
-    return f"torch, since {why_torch(vllm_config)}"
+    return f"torch, since {torch_reason(vllm_config)}"
 
 
-def why_torch(vllm_config: VllmConfig) -> str | None:
+def torch_reason(vllm_config: VllmConfig) -> str | None:
     """Why `auto` does not mean vLLM's CPU kernel; None if it does."""
     obstacle = kernel_obstacle(vllm_config)
     config = engine_config(vllm_config.model_config)

@@ -29,7 +29,7 @@ from redvtp.models.visual_cache import content_digest
 from redvtp.prompt import IMAGE_MARK, SpecialTokens, build_prompt_tokens, special_tokens, split_prompt
 from redvtp.vision.merge import visual_token_count
 from redvtp.vision.tiling import ImageMode, image_mode, tile_image
-from vllm_redvtp.hook import engine_config
+from vllm_redvtp.engine_config import engine_config
 
 
 def decode_prompt(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -34,7 +34,7 @@ def kv_cache_spec(config: DvlmConfig, vllm_config: VllmConfig) -> dict[str, KVCa
 def allocate_kv_cache(
     config: DvlmConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, device: torch.device
 ) -> KVPages:
-    """The pages of this rank. Raises ValueError should they not fill exactly what vLLM has set aside for them."""
+    """The pages of this rank. Raises ValueError where their size is not what vLLM has set aside for them."""
     (group,) = kv_cache_config.kv_cache_groups
     spec = group.kv_cache_spec
     cache = make_pages(config, vllm_config, config.num_hidden_layers, kv_cache_config.num_blocks, device)
@@ -56,6 +56,13 @@ def make_pages(
     from vllm_redvtp.attention.packed_pages import PackedKVCache
 
     return PackedKVCache(num_layers, num_blocks, block_size, heads, config.head_dim, dtype)
+
+
+def kv_token_bytes(config: DvlmConfig, vllm_config: VllmConfig) -> int:
+    """Keys and values of one token on this rank."""
+    return (
+        2 * config.num_hidden_layers * _kv_heads(config, vllm_config) * config.head_dim * _dtype(vllm_config).itemsize
+    )
 
 
 def _kv_heads(config: DvlmConfig, vllm_config: VllmConfig) -> int:

@@ -16,14 +16,32 @@ from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.policy import policy_of
 from redvtp.vision.tiling import image_mode
-from vllm_redvtp.knobs import vision_cache_bytes
-from vllm_redvtp.worker.kv_cache import make_pages
+from vllm_redvtp.knobs import server_defaults
+from vllm_redvtp.server_options import vision_cache_bytes
+from vllm_redvtp.worker.kv_cache import kv_token_bytes, make_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # A long canvas makes logits the largest tensor.
 _GEN_LENGTH = 512
+
+
+def held_embedding_bytes(
+    max_num_seqs: int, longest_prompt: int, row_bytes: int, kv_token_bytes: int, keep_ratio: float, memory: float
+) -> int:
+    """Bytes of prompt embeddings that running and preempted sequences hold at most, beside the KV cache.
+
+    A sequence holds the embeddings of its prompt, and with cache `prefix` or `dual` a copy from before the pruning.
+    Neither is split over ranks. The most is max_num_seqs of the longest prompts, but no more than `memory` admits.
+
+    row_bytes: one embedding. kv_token_bytes: keys and values of a token on this rank.
+    keep_ratio: share of a prompt whose KV cache stays, so that other requests are admitted in place of the rest.
+    memory: bytes for KV cache and embeddings together.
+    """
+    largest = 2 * max_num_seqs * longest_prompt * row_bytes
+    for_each_kv_token = (1 + 1 / keep_ratio) * row_bytes
+    return int(min(largest, memory * for_each_kv_token / (for_each_kv_token + kv_token_bytes)))
 
 
 @torch.inference_mode()
@@ -34,14 +52,16 @@ def profile_largest_step(
     make_engine: Callable[[Dvlm, KVPages], DenoisingRunner],
 ) -> None:
     """Encode as many tiles as the tower takes at once and one image with the most, then a first (scoring) step that
-    fills the token budget."""
+    fills the token budget. What a server holds beside its steps is allocated meanwhile."""
     config = model.config
     tile = config.tower.image_size
     canvas = max(config.image_grid_pinpoints, key=lambda size: size[0] * size[1], default=(tile, tile))
     mode = image_mode(config, 1)
     tiles = 1 if mode.mode == "pad" else 1 + canvas[0] // tile * (canvas[1] // tile)
-    # What images that come again will take, for as long as the rest runs.
-    remembered = torch.empty(vision_cache_bytes(vllm_config), dtype=torch.uint8, device=model.device)
+    held = [
+        torch.empty(size, dtype=torch.uint8, device=model.device)
+        for size in (vision_cache_bytes(vllm_config), _embeddings_held(model, vllm_config))
+    ]
     model.tile_features(torch.zeros(TILES_AT_ONCE, 3, tile, tile))
     (visual,) = model.encode_images([torch.zeros(tiles, 3, tile, tile)], [canvas], mode)
 
@@ -69,7 +89,27 @@ def profile_largest_step(
         )
         first_block += blocks
     make_engine(model, cache).step(batch)
-    del remembered
+    del held
+
+
+def _embeddings_held(model: Dvlm, vllm_config: VllmConfig) -> int:
+    return held_embedding_bytes(
+        vllm_config.scheduler_config.max_num_seqs,
+        vllm_config.model_config.max_model_len - 1,
+        model.config.hidden_size * model.dtype.itemsize,
+        kv_token_bytes(model.config, vllm_config),
+        server_defaults(vllm_config).get("keep_ratio", PruningParams().keep_ratio),
+        _memory_for_sequences(vllm_config, model.device),
+    )
+
+
+def _memory_for_sequences(vllm_config: VllmConfig, device: torch.device) -> float:
+    """What the server may give to sequences: the KV cache where its size is set, else the rest of the device."""
+    cache = vllm_config.cache_config
+    if cache.kv_cache_memory_bytes is not None or device.type == "cpu":
+        return cache.kv_cache_memory_bytes or 0
+    free, total = torch.accelerator.get_memory_info(device)
+    return max(0.0, total * cache.gpu_memory_utilization - (total - free))
 
 
 def _one_layer_cache(model: Dvlm, vllm_config: VllmConfig, num_blocks: int) -> KVPages:
