@@ -7,8 +7,6 @@ of one of the families is served. Other models are served as if the plugin were 
 
 from __future__ import annotations
 
-PLUGIN_NAME = "redvtp"
-
 _registered = False
 
 
@@ -26,8 +24,8 @@ def register() -> None:
 
     from redvtp.families.registry import FAMILIES
     from vllm_redvtp.engine_config import CONFIG_CLASSES, TOKENIZER_MODE
-    from vllm_redvtp.hook import DvlmModelConfig
-    from vllm_redvtp.patches import install_plugin_option
+    from vllm_redvtp.hook import DvlmModelConfig, refuse_explicit
+    from vllm_redvtp.patches import install_check_of_flags, install_plugin_option
 
     for model_type, config_class in CONFIG_CLASSES.items():
         AutoConfig.register(model_type, config_class, exist_ok=True)
@@ -40,4 +38,5 @@ def register() -> None:
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
     RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.frontend.renderer", "DiffusionRenderer")
     install_plugin_option()
+    install_check_of_flags(refuse_explicit)
     _registered = True

@@ -1,8 +1,8 @@
-"""How vLLM must be set up for diffusion: the hook that adjusts its config.
+"""The hook that sets vLLM's config up for diffusion decoding.
 
-`DvlmModelConfig` sits in vLLM's MODELS_CONFIG_MAP and runs before workers, scheduler and tokenizers are chosen,
-once in every process that builds a config; engine and workers receive the finished one. What cannot work is refused
-here, with a sentence.
+`DvlmModelConfig` is an entry of vLLM's MODELS_CONFIG_MAP. It runs before workers, scheduler and tokenizers are chosen,
+once in every process that builds a config; engine and workers receive the finished one. A choice of the user that
+cannot work is refused here, with a sentence.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
+from redvtp.families.registry import architectures
 from vllm_redvtp.engine_config import TOKENIZER_MODE, engine_config
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm.redvtp.hook")
 
 # A multiple of 16 as paged attention kernels want it; small enough that a pruning frees blocks.
 BLOCK_SIZE = 32
@@ -29,7 +34,7 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """Before anything is loaded: can we run it? Tokenizer mode, chat template and request checks become ours."""
+        """Refuse a checkpoint that cannot run, before anything is loaded; set tokenizer mode and request checks."""
         family = engine_config(model_config).family
         if model_config.skip_tokenizer_init:
             raise ValueError(
@@ -39,9 +44,9 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
             raise ValueError(f"--enable-prompt-embeds is not supported for {family.name}; send text and images")
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = TOKENIZER_MODE
-        # Compilation and CUDA graphs of vLLM assume its own model runners.
+        # Compilation and CUDA graphs of vLLM assume vLLM's model runners.
         model_config.enforce_eager = True
-        checker = "vllm_redvtp.knobs:RequestKnobs"
+        checker = "vllm_redvtp.frontend.refusals:RequestKnobs"
         if checker not in (model_config.logits_processors or []):
             model_config.logits_processors = [*(model_config.logits_processors or []), checker]
         _default_to_greedy(model_config)
@@ -49,19 +54,21 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Choose our scheduler and worker, and switch off what assumes one causal pass over the prompt."""
-        from vllm_redvtp.attention.choice import runs_on_kernel
-        from vllm_redvtp.knobs import server_defaults, vision_cache_bytes
-        from vllm_redvtp.scheduling.metrics import install_metrics
+        from vllm_redvtp.attention.choice import chosen_backend
+        from vllm_redvtp.knobs import server_defaults
+        from vllm_redvtp.patches import install_metrics
+        from vllm_redvtp.scheduling.metrics import DenoisingProm
+        from vllm_redvtp.server_options import vision_cache_bytes
 
-        _refuse_unsupported(vllm_config)
+        _refuse_unsupported_features(vllm_config)
         server_defaults(vllm_config)
         vision_cache_bytes(vllm_config)
         _use_our_parts(vllm_config)
         _schedule_synchronously(vllm_config)
         _size_kv_cache(vllm_config)
-        runs_on_kernel(vllm_config)
-        # The hook runs in every front-end, which is where they are collected.
-        install_metrics()
+        chosen_backend(vllm_config)
+        # The hook runs in every front-end, where metrics are collected.
+        install_metrics(DenoisingProm)
 
 
 def _default_to_greedy(model_config: ModelConfig) -> None:
@@ -76,9 +83,34 @@ def _default_to_greedy(model_config: ModelConfig) -> None:
         model_config.override_generation_config = {**model_config.override_generation_config, "temperature": 0.0}
 
 
-def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+def refuse_explicit(arguments: EngineArgs, model_config: ModelConfig) -> None:
+    """Raises ValueError for a flag that a user has set and that cannot work; unset ones are still None.
+
+    `DvlmModelConfig` switches the same features off, but there a default of vLLM looks like a user's choice.
+    """
+    if architectures().isdisjoint(model_config.architectures):
+        return
+    set_by_user = {
+        "--enable-prefix-caching": arguments.enable_prefix_caching,
+        "--enable-chunked-prefill": arguments.enable_chunked_prefill,
+        "--async-scheduling": arguments.async_scheduling,
+    }
+    reasons = {
+        "--enable-prefix-caching": "keys and values of a prompt depend on the response",
+        "--enable-chunked-prefill": "attention is bidirectional, so a prompt is computed whole",
+        "--async-scheduling": "a pruning decides what the next step computes",
+    }
+    for flag, value in set_by_user.items():
+        if value:
+            raise ValueError(
+                f"{flag} cannot work with diffusion decoding of {engine_config(model_config).family.name}: "
+                f"{reasons[flag]}; leave it out"
+            )
+
+
+def _refuse_unsupported_features(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
-    refused = {
+    used = {
         "pipeline parallelism (--pipeline-parallel-size)": parallel.pipeline_parallel_size > 1,
         "decode context parallelism": parallel.decode_context_parallel_size > 1,
         "LoRA (--enable-lora)": vllm_config.lora_config is not None,
@@ -88,8 +120,8 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "a quantised KV cache (--kv-cache-dtype)": vllm_config.cache_config.cache_dtype != "auto",
     }
     config = engine_config(vllm_config.model_config)
-    for feature, wanted in refused.items():
-        if wanted:
+    for feature, is_used in used.items():
+        if is_used:
             raise ValueError(
                 f"not supported for diffusion decoding of {config.family.name}: {feature}; start the server without it"
             )
@@ -112,8 +144,8 @@ def _use_our_parts(vllm_config: VllmConfig) -> None:
         # A request refused after image processing would leave the front-end's cache ahead of the engine's, and the next
         # request with that image would fail once with HTTP 500.
         multimodal.mm_processor_cache_gb = 0
-        # Pictures come to our processor as they are, and it drops transparency as the reference does. vLLM would lay
-        # them on white, and turn an oversized one into RGB before it is refused.
+        # Our processor gets images unchanged and drops transparency as the reference does. vLLM would lay them on
+        # white, and turn an oversized one into RGB before it is refused.
         multimodal.media_io_kwargs.setdefault("image", {}).setdefault("image_mode", None)
 
 
@@ -124,8 +156,14 @@ def _schedule_synchronously(vllm_config: VllmConfig) -> None:
     # Attention is bidirectional: a prompt is computed whole, and its keys depend on the response.
     scheduler.enable_chunked_prefill = False
     vllm_config.cache_config.enable_prefix_caching = False
-    if scheduler.max_num_batched_tokens < vllm_config.model_config.max_model_len:
-        scheduler.max_num_batched_tokens = vllm_config.model_config.max_model_len
+    longest = vllm_config.model_config.max_model_len
+    if scheduler.max_num_batched_tokens < longest:
+        logger.info(
+            "max_num_batched_tokens raised from %d to max_model_len %d: a prompt is computed whole",
+            scheduler.max_num_batched_tokens,
+            longest,
+        )
+        scheduler.max_num_batched_tokens = longest
     # Derived from max_num_batched_tokens before this hook; too small a value refuses large images.
     scheduler.max_num_encoder_input_tokens = max(
         scheduler.max_num_encoder_input_tokens, scheduler.max_num_batched_tokens
@@ -158,6 +196,6 @@ def _cpu_kv_cache_bytes(vllm_config: VllmConfig) -> int:
     dtype: Any = model.dtype
     heads = config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
     block_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize * block_size
-    # One block more: vLLM keeps block 0 to itself.
+    # One block more: vLLM keeps block 0 for itself.
     longest = (-(-model.max_model_len // block_size) + 1) * block_bytes
     return int(max(longest, min(CPU_KV_CACHE_REQUESTS * longest, CPU_KV_CACHE_BYTES)))

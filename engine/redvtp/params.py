@@ -10,6 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from redvtp.errors import InvalidRequest
 from redvtp.presets import PRESET_TABLE
 
 CACHES = ("none", "prefix", "dual", "prefix_lm")
@@ -61,7 +62,7 @@ def shown(value: object) -> str:
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
     allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be an integer {allowed}, got {shown(value)}")
+        raise InvalidRequest(f"{name} must be an integer {allowed}, got {shown(value)}")
 
 
 def _is_number(value: object) -> bool:
@@ -72,17 +73,17 @@ def _is_number(value: object) -> bool:
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
+        raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def _text(name: str, value: str) -> None:
     if len(value) > MAX_TEXT_LENGTH:
-        raise ValueError(f"{name} must have at most {MAX_TEXT_LENGTH:,} characters, got {len(value):,}")
+        raise InvalidRequest(f"{name} must have at most {MAX_TEXT_LENGTH:,} characters, got {len(value):,}")
     try:
         value.encode()
     except UnicodeEncodeError:
         # JSON can spell half a surrogate pair, which no tokenizer and no wire format takes.
-        raise ValueError(f"{name} must be valid Unicode, got {shown(value)}") from None
+        raise InvalidRequest(f"{name} must be valid Unicode, got {shown(value)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class DenoisingParams:
     every so many steps within it. None recomputes at the start of blocks, and once visual tokens were dropped only the
     canvas: the prompt's keys and values still know of those.
 
-    Raises ValueError naming the knob, the value and what is allowed.
+    Raises InvalidRequest naming the knob, the value and what is allowed.
     """
 
     gen_length: int = 64
@@ -147,32 +148,36 @@ class DenoisingParams:
         if self.steps is not None:
             _integer("steps", self.steps, 1, self.gen_length)
             if self.steps < self.num_blocks:
-                raise ValueError(
+                raise InvalidRequest(
                     f"steps must be at least the number of canvas blocks ({self.num_blocks} blocks of "
                     f"{self.resolved_block_length} in gen_length {self.gen_length}), got {self.steps}"
                 )
         if not _is_number(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be a number >= 0, got {shown(self.temperature)}")
+            raise InvalidRequest(f"temperature must be a number >= 0, got {shown(self.temperature)}")
         if self.seed is not None:
             _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         _one_of("schedule", self.schedule, SCHEDULES)
         low, high = SCHEDULE_SHIFTS
         if not _is_number(self.schedule_shift) or not low <= self.schedule_shift <= high:
-            raise ValueError(f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}")
+            raise InvalidRequest(
+                f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}"
+            )
         _one_of("remasking", self.remasking, REMASKINGS)
         self._check_confidence_rule()
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop must be non-empty strings, got {shown(self.stop)}")
+            raise InvalidRequest(f"stop must be non-empty strings, got {shown(self.stop)}")
         for stop in self.stop:
             _text("stop", stop)
         if not isinstance(self.suffix, str):
-            raise ValueError(f"suffix must be a string, got {shown(self.suffix)}")
+            raise InvalidRequest(f"suffix must be a string, got {shown(self.suffix)}")
         _text("suffix", self.suffix)
         if not isinstance(self.draft, str) or (self.draft and MASK_MARK not in self.draft):
-            raise ValueError(f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}")
+            raise InvalidRequest(
+                f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}"
+            )
         _text("draft", self.draft)
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
+            raise InvalidRequest(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
         _one_of("cache", self.cache, CACHES)
         if self.refresh_interval is not None:
             _integer("refresh_interval", self.refresh_interval, 1)
@@ -180,21 +185,21 @@ class DenoisingParams:
     def _check_confidence_rule(self) -> None:
         rule, least = self.threshold, self.min_confidence
         if rule is not None and (not _is_number(rule) or not 0 < rule <= MAX_THRESHOLD):
-            raise ValueError(f"threshold must be a number in (0, {MAX_THRESHOLD}], got {shown(rule)}")
+            raise InvalidRequest(f"threshold must be a number in (0, {MAX_THRESHOLD}], got {shown(rule)}")
         if least is not None and (not _is_number(least) or not 0 <= least <= 1):
-            raise ValueError(f"min_confidence must be a number in [0, 1], got {shown(least)}")
+            raise InvalidRequest(f"min_confidence must be a number in [0, 1], got {shown(least)}")
         if rule is not None and least is not None:
-            raise ValueError(
+            raise InvalidRequest(
                 f"threshold and min_confidence exclude each other, got {rule} and {least}; leave one of them out"
             )
         if self.by_confidence and self.remasking not in BOUNDED_REMASKINGS:
             name = "threshold" if least is None else "min_confidence"
             allowed = " or ".join(BOUNDED_REMASKINGS)
-            raise ValueError(f"{name} needs remasking {allowed} (confidences in [0, 1]), got {self.remasking}")
+            raise InvalidRequest(f"{name} needs remasking {allowed} (confidences in [0, 1]), got {self.remasking}")
 
     @property
     def by_confidence(self) -> bool:
-        """Whether a step commits whatever it is sure enough of, so that nobody knows beforehand how many there are."""
+        """Whether a step commits by confidence, so the number of steps is not known in advance."""
         return self.threshold is not None or self.min_confidence is not None
 
     @property
@@ -240,7 +245,7 @@ class PruningParams:
     prune_scope: the best of `all` images together, or of each `image` by itself.
     importance: one number for each visual token of the request, for `external`.
 
-    Raises ValueError naming the knob, the value and what is allowed.
+    Raises InvalidRequest naming the knob, the value and what is allowed.
     """
 
     preset: str = "redvtp"
@@ -264,13 +269,13 @@ class PruningParams:
         if self.score_rows is not None:
             _one_of("score_rows", self.score_rows, SCORE_ROWS)
         if self.score_layers is not None and not _LAYERS.fullmatch(str(self.score_layers)):
-            raise ValueError(f"score_layers must be a layer N or a range A:B, got {shown(self.score_layers)}")
+            raise InvalidRequest(f"score_layers must be a layer N or a range A:B, got {shown(self.score_layers)}")
         if self.attention_mass is not None:
             _share("attention_mass", self.attention_mass)
         _share("min_keep_ratio", self.min_keep_ratio)
         _share("max_keep_ratio", self.max_keep_ratio)
         if self.min_keep_ratio > self.max_keep_ratio:
-            raise ValueError(
+            raise InvalidRequest(
                 f"min_keep_ratio must be at most max_keep_ratio ({self.max_keep_ratio}), got {self.min_keep_ratio}"
             )
         if self.prune_step is not None:
@@ -281,7 +286,7 @@ class PruningParams:
             _integer("prune_layer", self.prune_layer, 0)
         _one_of("prune_scope", self.prune_scope, SCOPES)
         if not isinstance(self.importance, tuple) or not all(map(_fits_float32, self.importance)):
-            raise ValueError(f"importance must be finite numbers, got {shown(self.importance)}")
+            raise InvalidRequest(f"importance must be finite numbers, got {shown(self.importance)}")
 
 
 def _fits_float32(value: object) -> bool:
@@ -290,4 +295,4 @@ def _fits_float32(value: object) -> bool:
 
 def _share(name: str, value: object) -> None:
     if not _is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number in (0, 1], got {shown(value)}")
+        raise InvalidRequest(f"{name} must be a number in (0, 1], got {shown(value)}")

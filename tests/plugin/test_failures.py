@@ -129,12 +129,12 @@ def test_request_whose_image_cannot_be_encoded_fails_alone(
 ) -> None:
     runner = runner_of(llm)
     runner.reset_encoder_cache()
-    image_inputs = runner._image_inputs
+    image_inputs = runner.arrivals.image_inputs
 
     def inputs_or_fail(request: Any) -> Any:
         return _fail() if request.req_id.startswith("bad") else image_inputs(request)
 
-    monkeypatch.setattr(runner, "_image_inputs", inputs_or_fail)
+    monkeypatch.setattr(runner.arrivals, "image_inputs", inputs_or_fail)
     _add_all(llm)
     _check(_finish(llm), expected, llm)
     assert free_blocks(llm) == usable_blocks(llm)

@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 import vllm_redvtp
 from plugin.command_line import facts_of_fresh_processes, write_llama
-from vllm_redvtp.frontend.renderer import install_request_check
+from vllm_redvtp.patches import install_request_check
 
 OPTION = "--plugin"
 

@@ -1,9 +1,9 @@
-"""What pruning does to a server, on vLLM's `/metrics`: `vllm:redvtp_*`, and vLLM's own `vllm:diffusion_*`.
+"""Counters of denoising and pruning on vLLM's `/metrics`: `vllm:redvtp_*`, and vLLM's `vllm:diffusion_*`.
 
-The workers measure, `DenoisingTally` adds up in the scheduler, and each engine step's increments travel to a front-end
-in `SchedulerStats.kv_connector_stats`: the one field of vLLM's statistics that carries a dictionary. KV connectors,
-whose field it is, are refused for these models (vllm_redvtp.hook). In the front-end `DenoisingProm` turns them into
-counters, labelled and collected as all of vLLM's: by engine (`engine="1"`) and over several API servers.
+The workers measure, and `DenoisingTally` adds up in the scheduler. Each engine step's increments travel to a front-end
+in `SchedulerStats.kv_connector_stats`, the one field of vLLM's statistics that carries a dictionary; KV connectors are
+refused for these models (vllm_redvtp.hook). In the front-end `DenoisingProm` turns them into counters with vLLM's
+labels: by engine (`engine="1"`) and over several API servers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm, KVConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.metrics.utils import create_metric_per_engine
 from vllm.v1.spec_decode.metrics import SpecDecodingProm, SpecDecodingStats
 
@@ -39,7 +39,9 @@ COUNTERS = {
 }
 _STEPS = "denoising_steps"
 _CANVAS_POSITIONS = "canvas_positions"
-_COMMITTED = "committed_tokens"
+# Growth of the answers' resolved prefixes. A token that is committed behind a gap counts once the gap is closed, one
+# behind a stop never.
+_RESOLVED = "resolved_tokens"
 
 
 class DenoisingTally:
@@ -59,14 +61,16 @@ class DenoisingTally:
         self._counts[f"{_STEPS}_{report.kind}"] += 1
         self._counts["tokens_computed"] += report.tokens_computed
         self._counts[_CANVAS_POSITIONS] += report.canvas_computed
-        self._counts[_COMMITTED] += len(report.new_tokens)
-        self._counts["prunings"] += report.pruning is not None
+        self._counts[_RESOLVED] += len(report.new_tokens)
+        if report.pruning is not None:
+            # One that may keep everything (`attention_mass`) may drop nothing.
+            self._counts["prunings"] += report.pruning.visual_after < report.pruning.visual_before
 
     def freed(self, blocks: int) -> None:
         self._counts["kv_blocks_freed"] += blocks
 
     def left(self, state: DenoisingState) -> None:
-        """A request is gone, however it ended. One that took no step was never looked at."""
+        """A request has ended, in whatever way. One that took no step does not count."""
         if state.steps:
             self._counts["visual_tokens_seen"] += state.visual_tokens
             self._counts["visual_tokens_kept"] += len(state.kept)
@@ -78,7 +82,7 @@ class DenoisingTally:
 
 
 class DenoisingProm(KVConnectorProm):
-    """In vLLM's Prometheus logger, where the counters of a KV connector would be."""
+    """The counters, in the place of vLLM's Prometheus logger for those of a KV connector (patches.install_metrics)."""
 
     def __init__(
         self, vllm_config: VllmConfig, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
@@ -102,7 +106,7 @@ class DenoisingProm(KVConnectorProm):
         for kind in STEP_KINDS:
             labels = {engine: [*values, kind] for engine, values in per_engine_labelvalues.items()}
             self._counters[f"{_STEPS}_{kind}"] = create_metric_per_engine(steps, labels)
-        # vLLM makes these by itself for models of its own block-diffusion path only.
+        # vLLM makes these only for models of its block-diffusion path.
         self._diffusion = SpecDecodingProm(None, labelnames, per_engine_labelvalues, is_diffusion=True)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
@@ -117,39 +121,8 @@ class DenoisingProm(KVConnectorProm):
                 num_spec_tokens=0,
                 num_drafts=sum(counts.get(f"{_STEPS}_{kind}", 0) for kind in STEP_KINDS),
                 num_draft_tokens=counts.get(_CANVAS_POSITIONS, 0),
-                num_accepted_tokens=counts.get(_COMMITTED, 0),
+                # vLLM calls the counter num_committed_tokens.
+                num_accepted_tokens=counts.get(_RESOLVED, 0),
             ),
             engine_idx,
         )
-
-
-class _Unlogged(KVConnectorStats):
-    """The same counts for vLLM's log, whose line would speak of a KV transfer: nothing to say."""
-
-    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        return self
-
-    def is_empty(self) -> bool:
-        return True
-
-
-class _Unconnected:
-    """In place of a KV connector class, for vLLM's log."""
-
-    @classmethod
-    def build_kv_connector_stats(cls, data: dict[str, Any]) -> KVConnectorStats:
-        return _Unlogged(data)
-
-
-def install_metrics() -> None:
-    """Let this process's front-end know our counters. Safe to call again.
-
-    `_kv_connector_cls` is the class attribute by which vLLM's own Ray metrics exchange the same part. vLLM's log takes
-    it that statistics in the field mean a connector class and fails without one; where there is a connector, the
-    instance has its own.
-    """
-    from vllm.v1.metrics.loggers import PrometheusStatLogger
-
-    PrometheusStatLogger._kv_connector_cls = DenoisingProm
-    if not hasattr(KVConnectorLogging, "connector_cls"):
-        KVConnectorLogging.connector_cls = _Unconnected  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What the scheduler remembers of a request: its plan, the cost of its next step, and the story told at the end."""
+"""What the scheduler remembers of a request: its plan, the cost of its next step, and its report."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
+from redvtp.planning import RequestPlan
 from redvtp.reports import StepReport
 from vllm_redvtp.output import report_dict
-from vllm_redvtp.planning import RequestPlan
 
 
 @dataclass(slots=True)
 class DenoisingState:
-    """plan: fixed at arrival. visual_spans: half-open ranges of prompt tokens, one for each image.
+    """State of one request, from arrival to end.
 
-    next_tokens: what the next step will compute, resume_tokens: the same after a preemption. kv_tokens: held now, or
-    needed to go on. kept: the visual tokens that are left, as indices into those of the prompt.
-    last_step: the engine step in which it last took a step.
-    canvas_done: the engine has nothing left to do, though vLLM has not ended the request yet.
+    plan: fixed at arrival.
+    report: what travels back with the answer, one of `knobs.REPORTS`.
+    visual_spans: half-open ranges of prompt tokens, one for each image.
+    next_tokens: rows that the next step computes.
+    resume_tokens: the same after a preemption.
+    kv_tokens: tokens that hold KV cache now, or need it to go on.
+    blocks_admitted, blocks_freed: KV cache blocks taken at admission, and given back since.
+    last_step: engine step in which it last took a step.
+    steps: denoising steps taken.
+    kept: visual tokens that are left, as indices into those of the prompt.
+    trace: every step, for a full report.
     """
 
     plan: RequestPlan
+    report: str
     visual_spans: tuple[tuple[int, int], ...]
     next_tokens: int = 0
     resume_tokens: int = 0
@@ -31,7 +39,6 @@ class DenoisingState:
     last_step: int = 0
     steps: int = 0
     kept: list[int] = field(default_factory=list)
-    canvas_done: bool = False
     trace: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -41,33 +48,32 @@ class DenoisingState:
     @property
     def visual_tokens(self) -> int:
         """Before any pruning."""
-        return sum(end - start for start, end in self.visual_spans)
+        return self.plan.visual_tokens
 
     @property
     def later_tokens(self) -> int:
-        """What its steps compute once the first is done."""
+        """Rows that each step computes once the first is done."""
         return self.kv_tokens if self.plan.denoising.cache == "none" else self.plan.canvas_tokens
 
     def suspend(self) -> None:
-        """Preempted: what the pages held must be computed again."""
+        """Preempted: the pages are lost and must be computed again."""
         self.next_tokens = self.resume_tokens
 
     def record(self, report: StepReport, ms: float) -> None:
-        """Take over what a step did. ms: how long it took, whatever else was in its batch."""
+        """Note what a step did. ms: how long it took, for the whole batch."""
         self.steps += 1
         self.next_tokens, self.resume_tokens = report.next_tokens, report.resume_tokens
         self.kv_tokens = report.kv_tokens
-        self.canvas_done = report.finished
         if report.pruning is not None:
             self.kept = [self.kept[index] for index in report.pruning.kept]
-        if self.plan.params.report == "full":
+        if self.report == "full":
             self.trace.append(report_dict(report, ms))
 
     def summary(self) -> dict[str, Any] | None:
         """For the client, as `kv_transfer_params`: a field vLLM carries from scheduler to response untouched."""
-        if self.plan.params.report == "none":
+        if self.report == "none":
             return None
-        told: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "steps": self.steps,
             "prompt_tokens": self.plan.prompt_tokens,
             "visual_tokens": self.visual_tokens,
@@ -76,22 +82,22 @@ class DenoisingState:
             "kv_blocks_admitted": self.blocks_admitted,
             "blocks_freed": self.blocks_freed,
         }
-        if self.plan.params.report == "full":
-            told["visual_spans"] = self.visual_spans
-            told["kept"] = self.kept
-            told["prunings"] = [step["pruning"] for step in self.trace if step["pruning"] is not None]
-            told["trace"] = self.trace
-        return {"redvtp": told}
+        if self.report == "full":
+            summary["visual_spans"] = self.visual_spans
+            summary["kept"] = self.kept
+            summary["prunings"] = [step["pruning"] for step in self.trace if step["pruning"] is not None]
+            summary["trace"] = self.trace
+        return {"redvtp": summary}
 
     def _images(self) -> list[dict[str, Any]]:
-        """What each image had, what is left of it, and the share that is."""
-        told = []
+        """For each image its visual tokens, how many are left, and their share."""
+        images = []
         first = 0
         for start, end in self.visual_spans:
             last = first + end - start
             kept = bisect_left(self.kept, last) - bisect_left(self.kept, first)
-            told.append(
+            images.append(
                 {"visual_tokens": end - start, "visual_tokens_kept": kept, "kept_share": round(kept / (end - start), 4)}
             )
             first = last
-        return told
+        return images

@@ -1,16 +1,16 @@
 """DiffusionScheduler: vLLM's scheduler for requests that recompute their canvas step by step and shrink while they run.
 
-Every running request takes one denoising step in each engine step, as far as the token budget goes; who has waited
-longest comes first, so nobody waits more than max_num_seqs engine steps. Blocks for prompt and canvas are taken once,
-at admission, so a running request never waits for memory; after a pruning the tail of its block table goes back to
-vLLM's pool before the next admission. A preempted request loses its blocks and nothing else: the workers keep its
-sequence. Queues, aborts, stop checks, outputs and metrics are vLLM's. Scheduling is synchronous (see
-vllm_redvtp.hook): the step whose blocks are freed has always finished.
+Every running request takes one denoising step in each engine step, within the token budget (`turns`). Blocks for prompt
+and canvas are taken once, at admission, so a running request never waits for memory. After a pruning the tail of its
+block table goes back to vLLM's pool before the next admission. A preempted request loses its blocks and nothing else:
+the workers keep its sequence. Queues, aborts, stop checks, outputs and metrics are vLLM's. Scheduling is synchronous
+(see vllm_redvtp.hook): the step whose blocks are freed has always finished.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from vllm.logger import init_logger
@@ -19,24 +19,31 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from redvtp.errors import InvalidRequest
 from redvtp.kv.blocks import blocks_needed
 from redvtp.reports import StepReport
+from vllm_redvtp.knobs import write_gen_length
 from vllm_redvtp.output import DenoisingOutput
-from vllm_redvtp.planning import RequestPlanner
+from vllm_redvtp.planning import RequestPlanner, visual_spans
+from vllm_redvtp.scheduling import turns
+from vllm_redvtp.scheduling.endings import RefusedSessions, attach_report, end_output, outputs_of, spells_stop
 from vllm_redvtp.scheduling.metrics import DenoisingTally
 from vllm_redvtp.scheduling.request_state import DenoisingState
 
-# vLLM's logging shows loggers below its own name only.
+# vLLM's logging shows only loggers below `vllm`.
 logger = init_logger("vllm.redvtp.scheduler")
 
 
 class DiffusionScheduler(Scheduler):
-    """One denoising step per running request and engine step."""
+    """One denoising step per running request and engine step.
+
+    Methods: vLLM's interface (add_request to _free_request) and the parts of `schedule` and `update_from_output`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -50,18 +57,16 @@ class DiffusionScheduler(Scheduler):
         self._planner = RequestPlanner(self.vllm_config, self._tokenizer)
         self._states: dict[str, DenoisingState] = {}
         self._tally = DenoisingTally()
-        # Requests the next update ends without new tokens, with the sentence for those that failed.
+        # Requests that the next update ends without new tokens, with the error message of those that failed.
         self._ending: dict[str, str | None] = {}
-        self._refused_sessions: set[str] = set()
+        self._sessions = RefusedSessions()
         # Whether every running request took a step in the last engine step.
         self._all_stepped = True
-
-    # Arrival
 
     def add_request(self, request: Request) -> None:
         """Queue a request, or refuse it: an exception here would take the whole engine down."""
         try:
-            self._refuse_sessions(request)
+            self._sessions.refuse(request)
             self._states[request.request_id] = self._plan(request)
         except ValueError as error:
             logger.error("request %s refused: %s", request.request_id, error)
@@ -72,41 +77,34 @@ class DiffusionScheduler(Scheduler):
                 return
         super().add_request(request)
 
-    def _refuse_sessions(self, request: Request) -> None:
-        session = request.request_id
-        if not request.resumable and session not in self._refused_sessions:
-            return
-        # Later messages of the session come under the same id; the last one is not resumable.
-        (self._refused_sessions.add if request.resumable else self._refused_sessions.discard)(session)
-        raise ValueError(
-            "streaming input sessions are not supported by diffusion decoding; send the whole prompt at once"
-        )
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> Any:
+        if finished_status == RequestStatus.FINISHED_ABORTED and request_ids is not None:
+            request_ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+            self._sessions.forget(request_ids)
+        return super().finish_requests(request_ids, finished_status)
 
     def _plan(self, request: Request) -> DenoisingState:
         sampling = request.sampling_params
         if sampling is None or request.prompt_token_ids is None:
-            raise ValueError(
+            raise InvalidRequest(
                 "diffusion decoding generates from prompt tokens; pooling and prompt embeddings are not supported"
             )
-        places = [feature.mm_position for feature in request.mm_features]
-        images = tuple(place.length for place in places)
-        plan = self._planner.plan(sampling, request.num_prompt_tokens, images, request.request_id)
-        state = DenoisingState(plan, tuple((place.offset, place.offset + place.length) for place in places))
-        self._planner.check_fits(plan)
-        self._planner.settle(sampling, plan.denoising.gen_length)
+        spans = visual_spans(request.mm_features)
+        lengths = tuple(end - start for start, end in spans)
+        served = self._planner.plan(sampling, request.num_prompt_tokens, lengths, request.request_id)
+        plan = served.plan
+        write_gen_length(sampling, plan.denoising.gen_length)
         request.max_tokens = plan.denoising.gen_length
         if plan.draft_ids:
-            # vLLM has entered the model's end tokens before anybody knew of the draft, which they do not end.
+            # vLLM has entered the model's end tokens, which do not end a draft.
             sampling._eos_token_id = None
             kept = set(sampling.stop_token_ids or ()) - set(self._planner.special.end_ids)
             sampling.stop_token_ids = sorted(kept)
         if not plan.denoising.ignore_eos:
-            # vLLM itself knows one end token, LLaDA has two.
+            # vLLM knows one end token, LLaDA has two.
             ends = set(self._planner.special.end_ids) - {sampling.eos_token_id}
             sampling.stop_token_ids = [*(sampling.stop_token_ids or []), *sorted(ends)]
-        return state
-
-    # One engine step
+        return DenoisingState(plan, served.report, spans)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.current_step += 1
@@ -116,8 +114,7 @@ class DiffusionScheduler(Scheduler):
         admitting = self._pause_state == PauseState.UNPAUSED
         if admitting and self._head_goes_first():
             admitted = self._admit_waiting(stepping, limit=1)
-        paused = self._pause_state == PauseState.PAUSED_ALL
-        continuing = [] if paused else self._continue_running(stepping)
+        continuing = [] if self._pause_state == PauseState.PAUSED_ALL else self._continue_running(stepping)
         if admitting:
             admitted += self._admit_waiting(stepping)
         states = [self._states[request.request_id] for request in (*continuing, *admitted)]
@@ -127,35 +124,24 @@ class DiffusionScheduler(Scheduler):
         return self._scheduler_output(stepping, continuing, admitted)
 
     def _head_goes_first(self) -> bool:
-        """Whether the first of the queue takes its step before the running ones.
-
-        First steps are long, response steps short: a long prompt that has room among the running ones would otherwise
-        wait until most of them have ended. Not while somebody waits already: see _continue_running.
-        """
         if not self.waiting or not self.running or not self._all_stepped:
             return False
         request_id = self.waiting.peek_request().request_id
         if request_id in self._ending:
             return False
-        state, budget = self._states[request_id], self.max_num_scheduled_tokens
-        running = sum(self._states[request.request_id].next_tokens for request in self.running)
-        return running + state.later_tokens <= budget < running + state.next_tokens
+        running = (self._states[request.request_id] for request in self.running)
+        return turns.head_goes_first(self._states[request_id], running, self.max_num_scheduled_tokens)
 
     def _continue_running(self, stepping: dict[str, int]) -> list[Request]:
-        """Running requests that take a step; `stepping` gets their costs.
-
-        Who stepped longest ago comes first, and who comes first always steps. So in each engine step the longest
-        waiting one goes, but for one in which the head of the queue went first: nobody waits longer than there are
-        running requests.
-        """
-        continuing = []
-        for request in sorted(self.running, key=lambda request: self._states[request.request_id].last_step):
-            request_id = request.request_id
-            state = self._states[request_id]
-            if request_id not in self._ending and request_id not in stepping and self._within_budget(state, stepping):
-                stepping[request_id] = state.next_tokens
-                continuing.append(request)
-        return continuing
+        """Running requests that take a step; `stepping` gets their costs."""
+        running = {
+            request.request_id: self._states[request.request_id]
+            for request in self.running
+            if request.request_id not in self._ending
+        }
+        continuing = turns.continuing(running, stepping, self.max_num_scheduled_tokens)
+        stepping |= continuing
+        return [self.requests[request_id] for request_id in continuing]
 
     def _admit_waiting(self, stepping: dict[str, int], limit: int | None = None) -> list[Request]:
         """First come, first served (or by priority), while there are tokens in the budget, blocks and running slots."""
@@ -165,7 +151,7 @@ class DiffusionScheduler(Scheduler):
             if request.request_id in self._ending:
                 break
             state = self._states[request.request_id]
-            if not self._within_budget(state, stepping):
+            if not turns.fits(state, sum(stepping.values()), self.max_num_scheduled_tokens):
                 break
             if self.kv_cache_manager.allocate_slots(request, state.kv_tokens) is None:
                 break
@@ -175,10 +161,6 @@ class DiffusionScheduler(Scheduler):
             stepping[request.request_id] = state.next_tokens
             admitted.append(request)
         return admitted
-
-    def _within_budget(self, state: DenoisingState, stepping: dict[str, int]) -> bool:
-        # One request always steps: its full step may be larger than a budget the user has set.
-        return not stepping or sum(stepping.values()) + state.next_tokens <= self.max_num_scheduled_tokens
 
     def _start(self, request: Request, state: DenoisingState) -> None:
         if request.num_preemptions <= 0:
@@ -219,7 +201,7 @@ class DiffusionScheduler(Scheduler):
             num_scheduled_tokens=stepping,
             total_num_scheduled_tokens=sum(stepping.values()),
             scheduled_spec_decode_tokens={},
-            # The worker runs the vision tower when a request arrives there; vLLM's encoder cache has no part in it.
+            # The worker runs the vision tower when a request arrives there, without vLLM's encoder cache.
             scheduled_encoder_inputs={},
             finished_req_ids=self.finished_req_ids,
             free_encoder_mm_hashes=self.encoder_cache_manager.get_freed_mm_hashes(),
@@ -255,10 +237,8 @@ class DiffusionScheduler(Scheduler):
         for request_id, error in ending.items():
             self._end(request_id, error, outputs)
         for report in reports:
-            if report.finished and report.request_id in self._states:
-                self._expect_stop_string(report.request_id, outputs)
-            elif report.new_tokens and report.request_id in self._states:
-                self._report_at_stop_string(report.request_id, outputs)
+            if report.request_id in self._states:
+                self._report_before_the_front_end_ends(report, outputs)
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -267,10 +247,8 @@ class DiffusionScheduler(Scheduler):
             stats.kv_connector_stats = self._tally.take()
         return stats
 
-    # Endings
-
     def _free_tail(self, request_id: str, state: DenoisingState) -> None:
-        """Give back the blocks beyond what the request holds now; the worker has cut its table by the same formula."""
+        """Free the blocks beyond what the request holds now; the worker has cut its table by the same formula."""
         blocks = self._blocks_of[request_id]
         tail = blocks[blocks_needed(state.kv_tokens, self.block_size) :]
         if tail:
@@ -279,36 +257,20 @@ class DiffusionScheduler(Scheduler):
             state.blocks_freed += len(tail)
             self._tally.freed(len(tail))
 
-    def _expect_stop_string(self, request_id: str, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """The engine has finished, vLLM has not: the answer ends with a stop string, which the front-end looks for.
+    def _report_before_the_front_end_ends(self, report: StepReport, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Send the request's report along where the front-end is about to end it at a stop string.
 
-        It usually aborts the request before the next step. If it does not, the next step ends it here, so that
-        nothing hangs.
+        A finished canvas that vLLM has not ended has its stop in the text. The front-end usually aborts the request
+        before the next step; if it does not, the next step ends it here, so that nothing hangs.
         """
-        self._ending[request_id] = None
-        self._attach_report(request_id, outputs)
-
-    def _report_at_stop_string(self, request_id: str, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """The text has a stop string that the canvas has not, since other tokens spell it: only the front-end sees it.
-
-        It ends the answer on these very tokens, so the report must travel with them.
-        """
-        sampling = self.requests[request_id].sampling_params
-        if sampling is None or not sampling.stop:
+        request = self.requests[report.request_id]
+        if report.finished:
+            self._ending[report.request_id] = None
+        elif not spells_stop(
+            self._tokenizer, request.output_token_ids, len(report.new_tokens), request.sampling_params
+        ):
             return
-        text = self._tokenizer.decode(
-            self.requests[request_id].output_token_ids,
-            skip_special_tokens=sampling.skip_special_tokens,
-            clean_up_tokenization_spaces=False,
-        )
-        if any(stop in text for stop in sampling.stop):
-            self._attach_report(request_id, outputs)
-
-    def _attach_report(self, request_id: str, outputs: dict[int, EngineCoreOutputs]) -> None:
-        """For the client, with this step's tokens: the abort that follows has no output of its own to carry it."""
-        for output in _outputs_of(self.requests[request_id], outputs).outputs:
-            if output.request_id == request_id:
-                output.kv_transfer_params = self._states[request_id].summary()
+        attach_report(request, self._states[report.request_id].summary(), outputs)
 
     def _end(self, request_id: str, error: str | None, outputs: dict[int, EngineCoreOutputs]) -> None:
         """End a request without new tokens. error: why it failed; None when its answer is complete."""
@@ -316,23 +278,13 @@ class DiffusionScheduler(Scheduler):
         if request is None or request.is_finished():
             return
         state = self._states.get(request_id)
-        self.finish_requests(
-            request_id, RequestStatus.FINISHED_STOPPED if error is None else RequestStatus.FINISHED_ERROR
-        )
-        _outputs_of(request, outputs).outputs.append(
-            EngineCoreOutput(
-                request_id=request_id,
-                new_token_ids=[],
-                finish_reason=request.get_finished_reason(),
-                stop_reason=error,
-                events=request.take_events(),
-                kv_transfer_params=state.summary() if state is not None else None,
-                trace_headers=request.trace_headers,
-            )
-        )
+        status = RequestStatus.FINISHED_STOPPED if error is None else RequestStatus.FINISHED_ERROR
+        self.finish_requests(request_id, status)
+        report = state.summary() if state is not None else None
+        outputs_of(request, outputs).outputs.append(end_output(request, error, report))
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """Take all blocks of a request; it queues for others and goes on from where it was."""
+        """Take all blocks of a request; it queues for others and continues with the step it would have taken."""
         super()._preempt_request(request, *args, **kwargs)
         self._states[request.request_id].suspend()
 
@@ -343,11 +295,3 @@ class DiffusionScheduler(Scheduler):
         if state is not None:
             self._tally.left(state)
         return (state.summary() if state is not None else None), ec_transfer_params
-
-
-def _outputs_of(request: Request, outputs: dict[int, EngineCoreOutputs]) -> EngineCoreOutputs:
-    """The outputs that go to the request's front-end."""
-    found = outputs.get(request.client_index)
-    if found is None:
-        found = outputs[request.client_index] = EngineCoreOutputs(outputs=[])
-    return found

@@ -1,7 +1,7 @@
 """The engine's paged cache inside vLLM's memory budget: what vLLM is told to account for, and the tensors themselves.
 
-vLLM counts blocks and decides how many there are; the layout of a block is the engine's (`redvtp.kv.pages`) or, where
-its CPU kernel reads them, that kernel's (`vllm_redvtp.attention.packed_pages`). Either takes the same space.
+vLLM counts blocks and decides how many there are; the layout of a block is that of the attention backend
+(`vllm_redvtp.attention`). All take the same space.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from redvtp.families.config import DvlmConfig
-from redvtp.kv.pages import KVPages, PagedKVCache
-from vllm_redvtp.attention.choice import runs_on_kernel
+from redvtp.kv.pages import KVPages
+from vllm_redvtp.attention.choice import chosen_backend
+from vllm_redvtp.attention.server_backend import PageShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,7 +35,7 @@ def kv_cache_spec(config: DvlmConfig, vllm_config: VllmConfig) -> dict[str, KVCa
 def allocate_kv_cache(
     config: DvlmConfig, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, device: torch.device
 ) -> KVPages:
-    """The pages of this rank. Raises ValueError should they not fill exactly what vLLM has set aside for them."""
+    """The pages of this rank. Raises ValueError where their size is not what vLLM has set aside for them."""
     (group,) = kv_cache_config.kv_cache_groups
     spec = group.kv_cache_spec
     cache = make_pages(config, vllm_config, config.num_hidden_layers, kv_cache_config.num_blocks, device)
@@ -51,11 +52,15 @@ def make_pages(
     """This rank's share of so many blocks, in the layout that the server's attention wants."""
     block_size = vllm_config.cache_config.block_size
     heads, dtype = _kv_heads(config, vllm_config), _dtype(vllm_config)
-    if not runs_on_kernel(vllm_config):
-        return PagedKVCache(num_layers, num_blocks, block_size, heads, config.head_dim, dtype, device)
-    from vllm_redvtp.attention.packed_pages import PackedKVCache
+    shape = PageShape(num_layers, num_blocks, block_size, heads, config.head_dim, dtype, device)
+    return chosen_backend(vllm_config).make_pages(shape)
 
-    return PackedKVCache(num_layers, num_blocks, block_size, heads, config.head_dim, dtype)
+
+def kv_token_bytes(config: DvlmConfig, vllm_config: VllmConfig) -> int:
+    """Keys and values of one token on this rank."""
+    return (
+        2 * config.num_hidden_layers * _kv_heads(config, vllm_config) * config.head_dim * _dtype(vllm_config).itemsize
+    )
 
 
 def _kv_heads(config: DvlmConfig, vllm_config: VllmConfig) -> int:

@@ -1,25 +1,23 @@
 """DiffusionModelRunner: vLLM's model-runner interface over `redvtp.denoising.step.DenoisingRunner`.
 
-It loads the model, allocates the cache, turns arriving requests into engine sequences and step reports into vLLM's
-output. Everything about denoising and pruning is the engine's.
+It loads the model, allocates the cache and turns step reports into vLLM's output; `arrivals` makes the sequences.
+Everything about denoising and pruning is in the engine.
 """
 
 from __future__ import annotations
 
-import operator
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.tokenizers.registry import cached_tokenizer_from_config
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
@@ -29,14 +27,16 @@ from redvtp.kv.pages import KVPages
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.visual_cache import ImageEncoder
 from redvtp.reports import StepReport
-from redvtp.vision.media import MediaItem
-from vllm_redvtp.attention.choice import attention_over, told_at_start
+from vllm_redvtp.attention.choice import attention_summary, chosen_backend
 from vllm_redvtp.engine_config import engine_config
-from vllm_redvtp.knobs import vision_cache_bytes
 from vllm_redvtp.output import DenoisingOutput
 from vllm_redvtp.planning import RequestPlanner
+from vllm_redvtp.server_options import vision_cache_bytes
+from vllm_redvtp.worker.arrivals import Arrivals
+from vllm_redvtp.worker.failures import OF_ANOTHER_RANK, failure_message
 from vllm_redvtp.worker.kv_cache import allocate_kv_cache, kv_cache_spec
 from vllm_redvtp.worker.profiling import profile_largest_step
+from vllm_redvtp.worker.ranks import ranks_of_this_worker
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -45,7 +45,10 @@ logger = init_logger("vllm.redvtp.runner")
 
 
 class DiffusionModelRunner:
-    """What vLLM's workers call. Methods are in the order of a server's life."""
+    """What vLLM's workers call.
+
+    Methods: vLLM's interface, in the order of a server's life; those without a body are called and need nothing here.
+    """
 
     is_pooling_model = False
     lora_config = None
@@ -59,7 +62,9 @@ class DiffusionModelRunner:
         self.model_memory_usage = 0
         self.images: ImageEncoder
         self.sequences: dict[str, Sequence] = {}
+        self._ranks = ranks_of_this_worker()
         self._engine: DenoisingRunner
+        self.arrivals: Arrivals
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         load_config = self.vllm_config.load_config
@@ -86,8 +91,9 @@ class DiffusionModelRunner:
     ) -> None:
         with kv_cache_allocation_context or nullcontext():
             cache = allocate_kv_cache(self.config, self.vllm_config, kv_cache_config, self.device)
-        logger.info("attention: %s", told_at_start(self.vllm_config))
+        logger.info("attention: %s", attention_summary(self.vllm_config))
         self._engine = self._make_engine(self.model, cache)
+        self.arrivals = Arrivals(self.model, self.images, self.planner, self._engine, self._ranks)
 
     def get_supported_tasks(self) -> tuple[str, ...]:
         return ("generate",)
@@ -98,11 +104,11 @@ class DiffusionModelRunner:
         for request_id in scheduler_output.finished_req_ids:
             self.sequences.pop(request_id, None)
         self._suspend_and_resume(scheduler_output)
-        errors: dict[str, str] = {}
-        # What is dropped before a first step is scored as it is added.
+        # A policy that drops tokens before the first step scores them as the request is added.
         clock = self._engine.clock
         before = dict(clock.seconds)
-        self._add(scheduler_output.scheduled_new_reqs, errors)
+        added, errors = self.arrivals.add(scheduler_output.scheduled_new_reqs)
+        self.sequences |= added
         scheduled = list(scheduler_output.num_scheduled_tokens)
         if not scheduled:
             return EMPTY_MODEL_RUNNER_OUTPUT
@@ -130,106 +136,52 @@ class DiffusionModelRunner:
                 assert blocks is not None
                 self.sequences[request_id].resume(list(blocks[0]))
 
-    def _add(self, requests: list[NewRequestData], errors: dict[str, str]) -> None:
-        """Sequences for arriving requests; the vision tower takes the images of all of them together."""
-        try:
-            visual = iter(self.images.encode([image for request in requests for image in self._items(request)]))
-            encoded = [list(islice(visual, len(request.mm_features))) for request in requests]
-        except Exception as error:
-            if len(requests) > 1:
-                # Find out whose fault it is.
-                logger.warning("adding %d requests failed (%s); adding them one by one", len(requests), error)
-                for request in requests:
-                    self._add([request], errors)
-            else:
-                errors[requests[0].req_id] = _explain(requests[0].req_id, error)
-            return
-        for request, tokens in zip(requests, encoded, strict=True):
-            try:
-                self.sequences[request.req_id] = self._sequence(request, tokens)
-            except Exception as error:
-                errors[request.req_id] = _explain(request.req_id, error)
-
-    def _items(self, request: NewRequestData) -> list[MediaItem]:
-        images: list[dict[str, Any]] = [
-            feature.data.get_data() for feature in request.mm_features if feature.data is not None
-        ]
-        treatments = self.config.vision.treatments(["image"] * len(images))
-        return [
-            MediaItem(
-                "image",
-                bytes(image["image_digest"].tolist()),
-                tuple(image["image_sizes"].tolist()),
-                treatment,
-                partial(operator.itemgetter("pixel_values"), image),
-            )
-            for image, treatment in zip(images, treatments, strict=True)
-        ]
-
-    def _sequence(self, request: NewRequestData, visual: list[Tensor]) -> Sequence:
-        """The engine's view of an arriving request with these visual tokens, [visual, hidden] for each image."""
-        prompt, sampling = request.prompt_token_ids, request.sampling_params
-        # The scheduler refuses requests without them.
-        assert prompt is not None
-        assert sampling is not None
-        spans = tuple(
-            (feature.mm_position.offset, feature.mm_position.offset + feature.mm_position.length)
-            for feature in request.mm_features
-        )
-        images = tuple(end - start for start, end in spans)
-        plan = self.planner.plan(sampling, len(prompt), images, request.req_id)
-        sequence = Sequence(
-            request.req_id,
-            self.model.embed_prompt(torch.tensor(prompt, device=self.device), spans, visual),
-            spans,
-            plan.denoising,
-            plan.policy,
-            self.planner.special,
-            self.config.family.sampler.shifted_logits,
-            stop_ids=plan.stop_ids,
-            suffix_ids=plan.suffix_ids,
-            block_table=list(request.block_ids[0]),
-            draft_ids=plan.draft_ids,
-        )
-        self._engine.prune_before(sequence)
-        return sequence
-
     def _step(self, batch: list[Sequence], errors: dict[str, str]) -> dict[str, StepReport]:
-        """One step of the batch. What fails is reported in `errors` and costs only the requests it concerns.
-
-        Tensor-parallel ranks run the same code over the same numbers, so they fail, and try again, alike.
-        """
+        """One step of the batch. What fails is reported in `errors` and costs only the requests it concerns."""
         if not batch:
             return {}
         restore = [sequence.snapshot() for sequence in batch]
+        reports: list[StepReport] = []
+        failure: Exception | None = None
         try:
-            return {report.request_id: report for report in self._engine.step(batch)}
+            reports = self._engine.step(batch)
         except Exception as error:
-            if len(batch) == 1:
-                errors[batch[0].request_id] = _explain(batch[0].request_id, error)
-                return {}
-            # Find out whose fault it is: all back to where they were, and each by itself.
-            logger.warning("a step of %d requests failed (%s); stepping them one by one", len(batch), error)
-            for undo in restore:
-                undo()
-            found: dict[str, StepReport] = {}
-            for sequence in batch:
-                found |= self._step([sequence], errors)
-            return found
+            failure = error
+        if not self._ranks.any_failed(failure is not None):
+            return {report.request_id: report for report in reports}
+        if len(batch) == 1:
+            name = batch[0].request_id
+            errors[name] = OF_ANOTHER_RANK if failure is None else failure_message(name, failure)
+            return {}
+        # Every rank takes the whole step back and steps each request by itself, to find the failing one.
+        logger.warning(
+            "a step of %d requests failed (%s); stepping them one by one", len(batch), failure or OF_ANOTHER_RANK
+        )
+        for undo in restore:
+            undo()
+        found: dict[str, StepReport] = {}
+        for sequence in batch:
+            found |= self._step([sequence], errors)
+        return found
 
     def _make_engine(self, model: Dvlm, cache: KVPages) -> DenoisingRunner:
-        attention = attention_over(cache, self.config, self.vllm_config)
-        if get_tensor_model_parallel_world_size() == 1:
-            return DenoisingRunner(model, cache, self.planner.special, attention=attention)
-        return DenoisingRunner(
-            model, cache, self.planner.special, tensor_model_parallel_all_reduce, _of_first_rank, attention
-        )
+        heads = self.config.num_attention_heads // self.vllm_config.parallel_config.tensor_parallel_size
+        attention = chosen_backend(self.vllm_config).make(cache, heads, self.config.head_dim**-0.5)
+        return DenoisingRunner(model, cache, self.planner.special, self._ranks, attention)
 
     def reset_encoder_cache(self) -> None:
-        """As after new weights: what the old ones saw in an image is worth nothing."""
+        """Forget the visual tokens of images, which the weights of the tower decide."""
         self.images.clear()
 
-    # Asked for by vLLM's workers; nothing to do here.
+    def reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, Tensor]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        """Load weights again in place, from the checkpoint where nothing else is named. Needs no running request."""
+        reload_weights(self.vllm_config, self.model, weights_iterator, weights_path, is_checkpoint_format)
+        self.reset_encoder_cache()
 
     def get_model(self) -> Dvlm:
         return self.model
@@ -247,23 +199,9 @@ class DiffusionModelRunner:
     def maybe_remove_all_loras(self, lora_config: Any) -> None: ...
 
     def update_max_model_len(self, max_model_len: int) -> None:
-        self.planner = RequestPlanner(self.vllm_config, cached_tokenizer_from_config(self.vllm_config.model_config))
+        """The planner reads it from the model config, where the worker has written it."""
 
     def reset_mm_cache(self) -> None: ...
 
     def shutdown(self) -> None:
         self.sequences.clear()
-
-
-def _of_first_rank(numbers: torch.Tensor) -> torch.Tensor:
-    """The first tensor-parallel rank's numbers, on every rank."""
-    agreed: torch.Tensor = get_tp_group().broadcast(numbers.contiguous(), src=0)
-    return agreed
-
-
-def _explain(request_id: str, error: Exception) -> str:
-    """Log a failure of one request; a failure of the device itself is nobody's and goes on up."""
-    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
-        raise error
-    logger.error("request %s failed", request_id, exc_info=error)
-    return f"{type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
-"""The worker process: vLLM's own worker of the platform with our model runner in it.
+"""The worker process: vLLM's worker of the platform with our model runner in it.
 
-`vllm_redvtp.hook` names the class as a string and vLLM resolves it with getattr on this module, so the two
-platforms' base classes, which must not be imported together, are imported when asked for.
+`vllm_redvtp.hook` names the class as a string and vLLM resolves it with getattr on this module. The base classes of the
+two platforms must not be imported together, so each is imported when its name is looked up.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _make_cpu_worker() -> type:
     from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 
     class CpuWorker(CPUWorker):
-        """CPU: as vLLM's, whose `init_device` names its model runner and has to be written out to use another."""
+        """CPU: as vLLM's, whose `init_device` names its model runner and is written out here to use another."""
 
         def init_device(self) -> None:
             self.device = torch.device("cpu")

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from redvtp.errors import InvalidRequest
 from redvtp.params import MASK_MARK, DenoisingParams
 
 
@@ -18,12 +19,12 @@ def draft_tokens(
 ) -> tuple[int, ...]:
     """Ids of a draft: the text between the marks tokenised piece by piece, the mask id for each mark.
 
-    Raises ValueError for more than `limit` of them.
+    Raises InvalidRequest for more than `limit` of them.
     """
     first, *others = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in draft.split(MASK_MARK))
     tokens = (*first, *(token for piece in others for token in (mask_id, *piece)))
     if limit is not None and len(tokens) > limit:
-        raise ValueError(f"draft has {len(tokens)} tokens, more than gen_length {limit}; raise gen_length")
+        raise InvalidRequest(f"draft has {len(tokens)} tokens, more than gen_length {limit}; raise gen_length")
     return tokens
 
 

@@ -1,0 +1,58 @@
+"""The collectives of this worker's tensor-parallel ranks, as the engine's `Ranks`.
+
+A step runs collectives all the way through. A rank that fails inside it leaves the others waiting in one that cannot be
+completed, and a retry of its own would pair with it: ranks would add up numbers of different steps. So ranks compare
+notes on the CPU group before they retry. Where all have reached that point they retry together; where one waits in
+vain for the others, its process ends with a sentence, and vLLM shuts the engine down.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
+
+from redvtp.denoising.ranks import ALONE, Ranks
+
+logger = init_logger("vllm.redvtp.ranks")
+
+# Ranks end a step within milliseconds of each other; longer means that the others wait in a collective of the step.
+PATIENCE = timedelta(seconds=20)
+
+
+def ranks_of_this_worker() -> Ranks:
+    """vLLM's collectives; nothing to do on one rank."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return ALONE
+    return Ranks(tensor_model_parallel_all_reduce, _broadcast_from_rank0, _any_failed)
+
+
+def _broadcast_from_rank0(numbers: Tensor) -> Tensor:
+    received: Tensor = get_tp_group().broadcast(numbers.contiguous(), src=0)
+    return received
+
+
+def _any_failed(failed: bool) -> bool:
+    """Whether any rank failed. Ends this process where it failed and the others do not come to this point."""
+    group = get_tp_group()
+    flag = torch.tensor([int(failed)], dtype=torch.int32)
+    work = torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group.cpu_group, async_op=True)
+    assert work is not None
+    if not failed:
+        work.wait()
+        return bool(flag.item())
+    try:
+        work.wait(PATIENCE)
+    except RuntimeError as error:
+        sentence = (
+            f"tensor-parallel rank {group.rank_in_group} failed alone; the other ranks wait for it in the middle of a "
+            "step and cannot go on. The error is above; if memory ran out, lower --gpu-memory-utilization, "
+            "--max-num-seqs or --max-num-batched-tokens"
+        )
+        logger.error(sentence)
+        # vLLM logs other exceptions of ranks behind the first and goes on; the engine would hang.
+        raise SystemExit(sentence) from error
+    return True
