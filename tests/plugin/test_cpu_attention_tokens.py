@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,13 @@ from golden_data import Run, checkpoint_dir
 from golden_runs import denoising_of, pruning_of
 from plugin.conftest import LlmFactory, in_process_llm
 from plugin.requests import free_blocks, runner_of, usable_blocks
-from redvtp.attention.interface import Segment
 from redvtp.denoising.step import DenoisingRunner
 from redvtp.evaluation.tasks import read_tasks
 from redvtp.kv.pages import PagedKVCache
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from vllm_redvtp.attention.cpu import CpuPagedAttention
+from vllm_redvtp.attention.cpu_kernel import CpuAttention, KernelCall
 from vllm_redvtp.attention.packed_pages import PackedKVCache
 from vllm_redvtp.knobs import RequestParams, sampling_params
 
@@ -58,15 +56,15 @@ class _WidePages(PackedKVCache):
         return key[..., :HEAD_DIM], value[..., :HEAD_DIM]
 
 
-class _WideAttention(CpuPagedAttention):
+class _WideAttention(CpuAttention):
     """The kernel over `_WidePages`; counts how often it is called."""
 
     calls = 0
 
-    def _attend(self, layer: int, taken: Any, query: Tensor, output: Tensor) -> None:
+    def call(self, layer: int, work: KernelCall, query: Tensor, output: Tensor) -> None:
         _WideAttention.calls += 1
         wide = _wide(output)
-        super()._attend(layer, taken, _wide(query), wide)
+        super().call(layer, work, _wide(query), wide)
         output.copy_(wide[..., :HEAD_DIM])
 
 
@@ -81,7 +79,7 @@ def _engine_on_the_kernel(checkpoint: str, **options: Any) -> LocalEngine:
     pages = _WidePages(
         config.num_hidden_layers, plain.num_blocks, plain.block_size, config.num_key_value_heads, WIDTH, local.dtype
     )
-    attention = partial(_WideAttention, pages, config.num_attention_heads)
+    attention = _WideAttention(pages, config.num_attention_heads, HEAD_DIM**-0.5)
     local.runner = DenoisingRunner(local.model, pages, local.special, attention=attention)
     return local
 
@@ -178,14 +176,14 @@ def kernel_llm(llm_factory: LlmFactory) -> Iterator[LLM]:
 def test_server_on_the_kernel_gives_the_embedded_engines_tokens(
     kernel_llm: LLM, requests: list[Request], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[Segment] = []
-    attend = CpuPagedAttention._attend
+    calls: list[int] = []
+    call = CpuAttention.call
 
-    def watched(self: CpuPagedAttention, layer: int, taken: Any, query: Tensor, output: Tensor) -> None:
-        calls.append(taken.segment)
-        attend(self, layer, taken, query, output)
+    def watched(self: CpuAttention, layer: int, work: KernelCall, query: Tensor, output: Tensor) -> None:
+        calls.append(work.index)
+        call(self, layer, work, query, output)
 
-    monkeypatch.setattr(CpuPagedAttention, "_attend", watched)
+    monkeypatch.setattr(CpuAttention, "call", watched)
     assert answers_of(kernel_llm, requests) == expected
     assert calls
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from redvtp.checkpoint.config import load_config
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from golden_data import checkpoint_dir
 from plugin.requests import free_blocks, runner_of, scheduler_of, usable_blocks
+from redvtp.families.config import load_config
 
 BLOCK = 32
 BLOCKS = 16

@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks of which one fails alone: they go on together, or end with a sentence. Never apart, never stuck."""
+"""Tensor-parallel ranks of which one fails alone go on together or end with a sentence; they never hang."""
 
 from __future__ import annotations
 
