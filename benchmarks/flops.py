@@ -17,4 +17,5 @@ def request_flops(engine: LocalEngine, request: Request) -> int:
     # torch's counter does not know the CPU's fused attention; the plain one consists of products that it counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         engine.generate([request])
-    return counter.get_total_flops()
+    total: int = counter.get_total_flops()
+    return total
