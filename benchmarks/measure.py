@@ -49,8 +49,11 @@ def stepping(engine: LocalEngine, request: Request) -> Iterator[Callable[[], Seq
 def timed_run(
     engine: LocalEngine, request: Request, progress: bool = False, all_steps: bool = True
 ) -> tuple[float, Generation]:
-    """Seconds from images and text to the answer. progress: with a bar of its steps, which costs next to nothing.
-    all_steps: refuse a time that is shorter because steps were left out."""
+    """Seconds from images and text to the answer.
+
+    progress: show a bar of its steps.
+    all_steps: raise RuntimeError if fewer steps ran than the request asks for.
+    """
     synchronize(engine.device)
     started = time.perf_counter()
     (generation,) = engine.generate([request], progress=progress)
@@ -73,7 +76,7 @@ def touch_cache(engine: LocalEngine) -> None:
 
 
 def measure_memory(engine: LocalEngine, request: Request) -> Memory:
-    """Of a request of which only the first three steps are run."""
+    """Of the first three steps of a request."""
     with stepping(engine, request) as start:
         meter = PeakMemory(engine.device)
         batch: list[Sequence] = []
@@ -87,7 +90,11 @@ def measure_memory(engine: LocalEngine, request: Request) -> Memory:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds by part: of the first step, and of a later one (mean). encode: of tower, projector and merge."""
+    """Seconds.
+
+    encode: of tower, projector and merge.
+    first, later: by part, of the first step and of a later one (mean).
+    """
 
     encode: float
     first: dict[str, float]
@@ -95,7 +102,7 @@ class StepTimes:
 
 
 def step_times(engine: LocalEngine, request: Request) -> StepTimes:
-    """The first steps of a request with a stopwatch in them. Watching costs a little: shares, not the latency."""
+    """The first steps of a request, timed by part. Timing takes time too: read the shares, not the sum."""
     parts: list[dict[str, float]] = []
     with stepping(engine, request) as start:
         began = time.perf_counter()

@@ -1,8 +1,7 @@
 """A random LLaDA-V or LaViDa checkpoint of any size, in the layout of the published one, and a picture to ask it about.
 
-Made once for each size and kept in a work folder. The weights are random but not arbitrary: every linear keeps the
-scale of what goes through it and attention is uneven, so scores differ between visual tokens and answers depend on
-the image.
+Made once for each size and kept in a work folder. Every linear layer keeps the scale of its input and attention is
+uneven, so scores differ between visual tokens and answers depend on the image.
 """
 
 from __future__ import annotations
@@ -41,7 +40,10 @@ MASK_ID = 584
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of the language model and of the tower. tile: the side of the tower's input in pixels."""
+    """Sizes of the language model and of the tower.
+
+    tile: the side of the tower's input in pixels.
+    """
 
     family: str
     hidden: int
@@ -145,7 +147,7 @@ def _tensors(shape: Shape, generator: torch.Generator) -> Iterator[tuple[str, Te
         yield f"{prefix}.mlp.down_proj.weight", matrix(hidden, inner)
     yield "model.norm.weight", torch.ones(hidden)
     head = matrix(VOCAB, hidden, gain=4.0)
-    # Never the winner: a position that proposes the mask stays undecided, and steps would vary with the weights.
+    # Never chosen: a position that proposes the mask stays undecided, and steps would vary with the weights.
     head[MASK_ID] = 0
     yield "lm_head.weight", head
     yield "model.image_newline", torch.randn(hidden, generator=generator)
