@@ -55,7 +55,7 @@ def atlas(split: Split) -> Atlas:
     return Atlas(
         handwriting=_handwriting(split),
         printed=[_printed(glyph) for glyph in GLYPHS],
-        names=[_name(name, rng) for name in NAMES],
+        names=[word_masks(name, rng) for name in NAMES],
         shapes=[np.stack([_shape(shape, rng) for _ in range(80)]) for shape in SHAPES],
         box=np.stack([_plate(rng, left=True, right=True) for _ in range(40)]),
         sign=np.stack([[_plate(rng, left=part == 0, right=part == 2) for part in range(3)] for _ in range(40)]),
@@ -122,7 +122,8 @@ def _printed(glyph: str) -> Masks:
     )
 
 
-def _name(name: str, rng: np.random.Generator) -> Masks:
+def word_masks(name: str, rng: np.random.Generator) -> Masks:
+    """A printed word over two cells: [n, 16, 32]."""
     variants = []
     for font in _FONTS:
         for size in (10, 11, 12):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -80,10 +81,15 @@ def _byte_level(piece: str) -> str:
     return piece.replace(" ", "\u0120").replace("\n", "\u010a")
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Always the same tokenizer; `save_tokenizer` writes it."""
-    words = [f" {word}" for word in (*COLORS, *SHAPES, *NAMES)]
-    words += [piece for text in _SENTENCES for piece in re.findall(_PIECES_PYTHON, text)]
+def build_tokenizer(
+    words: Sequence[str] = (*COLORS, *SHAPES, *NAMES), sentences: Sequence[str] = _SENTENCES
+) -> PreTrainedTokenizerFast:
+    """Always the same tokenizer for the same words; `save_tokenizer` writes it.
+
+    words: one token each with a space before them. sentences: their pieces are one token each.
+    """
+    words = [f" {word}" for word in words]
+    words += [piece for text in sentences for piece in re.findall(_PIECES_PYTHON, text)]
     words += ["system", "user", "assistant", "\n\n"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = list(dict.fromkeys([*alphabet, *(_byte_level(word) for word in words)]))
@@ -141,10 +147,10 @@ def attribute_ids() -> dict[str, tuple[int, ...]]:
     }
 
 
-def save_tokenizer(folder: Path) -> None:
+def save_tokenizer(folder: Path, made: PreTrainedTokenizerFast | None = None) -> None:
     """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json, as LLaDA's repository has them."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer().save_pretrained(str(folder))
+    (made or tokenizer()).save_pretrained(str(folder))
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config |= {"add_bos_token": False, "add_eos_token": False, "chat_template": _CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
