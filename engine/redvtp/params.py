@@ -21,7 +21,7 @@ REMASKINGS = ("low_confidence", "entropy", "margin", "random")
 BOUNDED_REMASKINGS = ("low_confidence", "margin")
 SCHEDULES = ("even", "linear", "shift", "cosine", "logit_normal", "dream")
 PRESETS = (*PRESET_TABLE, "none")
-# Pruning knobs that a preset gives a meaning to, or none.
+# Pruning knobs whose meaning depends on the preset.
 PRESET_KNOBS = (
     "score_rows",
     "score_layers",
@@ -38,11 +38,11 @@ SCOPES = ("all", "image")
 # One of these in a draft is one token to fill in.
 MASK_MARK = "<mask>"
 DEFAULT_BLOCK_LENGTH = 32
-# A canvas above this is a typing error, not a wish: one tensor row for each token is laid out at once.
+# A canvas above this is a typing error: one tensor row for each token is laid out at once.
 MAX_GEN_LENGTH = 1 << 16
 # Longer text fits no canvas and no context; tokenising megabytes to find that out would hold up a server.
 MAX_TEXT_LENGTH = 1 << 16
-# Beyond these a schedule is a single jump, and float32 no longer knows the curve.
+# Beyond these a schedule is a single jump, and float32 cannot represent the curve.
 SCHEDULE_SHIFTS = (0.001, 1000)
 # Up to 1 the factor rule has its theory; at this one it asks for nothing within any usual canvas block.
 MAX_THRESHOLD = 1000
@@ -115,8 +115,8 @@ class DenoisingParams:
     is then as long as the draft, which gen_length only limits, and the model's end tokens do not end it.
     ignore_eos: the model's end tokens do not end the answer.
     cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks,
-    `dual` those of later blocks too, so that a step computes its own block only; `prefix_lm` computes the prompt once,
-    without the canvas in its view, and after that only the canvas.
+    `dual` those of later blocks too, so that a step computes one canvas block only; `prefix_lm` computes the prompt
+    once, without the canvas in its view, and after that only the canvas.
     refresh_interval: with `prefix` and `dual`, everything is recomputed at the start of each canvas block and after
     every so many steps within it. None recomputes at the start of blocks, and once visual tokens were dropped only the
     canvas: the prompt's keys and values still know of those.
@@ -220,14 +220,14 @@ class DenoisingParams:
 
 @dataclass(frozen=True, slots=True)
 class PruningParams:
-    """When and how visual tokens are dropped. What None stands for is the preset's (`redvtp.pruning.policy`).
+    """When and how visual tokens are dropped. What None stands for is the preset's (`redvtp.presets`).
 
     preset: `redvtp` prunes once, after the first denoising step, by attention (arXiv 2511.12428, section 3);
     `llada-fastv` (arXiv 2601.20168) and `fastv` (arXiv 2403.06764) inside that step, half way down or behind the second
     layer; `late` after half of the steps, or where confidence decides with half of the canvas decided, `progressive` in
     several prunings, `zipvl` (arXiv 2410.08584) as much as the attention allows; `layer-skip` (arXiv 2511.15098) drops
     nothing but spares the deeper layers the visual tokens;
-    `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's own
+    `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's
     `importance`; `random` and `uniform` (evenly spaced) prune after the first step without looking, to compare with;
     `none` keeps every visual token.
     keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays. 1 keeps everything, whatever

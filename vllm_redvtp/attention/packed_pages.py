@@ -1,4 +1,4 @@
-"""Pages in the layout of vLLM's CPU attention kernel: its own write, and the reads that nobody else offers.
+"""Pages in the layout of vLLM's CPU attention kernel: the kernel's write, and reads, which vLLM does not offer.
 
 A block holds, for each key head, block_size * head_dim keys and then as many values. In which order they lie there is
 the kernel's business and depends on the processor: keys transposed for vector instructions, pairs interleaved for

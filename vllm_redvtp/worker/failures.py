@@ -1,4 +1,4 @@
-"""Failures of one request inside a worker: logged, put into a sentence, and told apart from those of the device."""
+"""Failures of one request inside a worker: logged, put into a sentence, and separated from those of the device."""
 
 from __future__ import annotations
 

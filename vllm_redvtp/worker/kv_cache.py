@@ -1,4 +1,4 @@
-"""The engine's paged cache inside vLLM's memory budget: what vLLM is told to account for, and the tensors themselves.
+"""The engine's paged cache inside vLLM's memory budget: what vLLM accounts for, and the tensors themselves.
 
 vLLM counts blocks and decides how many there are; the layout of a block is that of the attention backend
 (`vllm_redvtp.attention`). All take the same space.

@@ -1,4 +1,4 @@
-"""The largest step a server can be asked for, run once at start so that vLLM leaves room for it beside the KV cache."""
+"""The largest step that a server may have to take, run once at start: vLLM leaves room for it beside the KV cache."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ class Span:
     """One sequence of a packed forward.
 
     start, end: its rows in the packed tensors.
-    kv_length: keys it attends to, its own rows among them.
-    reads_pages: False where its own rows are all its keys, as in a full step.
+    kv_length: keys it attends to, those of its rows among them.
+    reads_pages: False where its rows bring all its keys, as in a full step.
     kv_rows: [kv_length] int64 on the device, the tokens of its pages that it reads; None for the first kv_length ones.
     write_end: the token behind the last one that it writes.
     """

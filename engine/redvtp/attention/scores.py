@@ -22,7 +22,7 @@ class AttentionScores:
     importance).
 
     rows: [rows] int64, the scored query rows, as offsets into the rows that are computed.
-    visual: [visual] int64, the visual tokens, as offsets into the sequence's own tokens.
+    visual: [visual] int64, the visual tokens, as offsets into the sequence's tokens.
     heads: attention heads over all tensor-parallel ranks. layers: those that count. clock: counts the time this takes.
     averaged: all rows count, their mean is all that is kept.
     """

@@ -66,7 +66,7 @@ class Canvas:
         self._counts = self._plan_block()
 
     def copy(self) -> Canvas:
-        """One that goes its own way from here."""
+        """An independent copy."""
         other = copy(self)
         other.tokens = self.tokens.clone()
         return other

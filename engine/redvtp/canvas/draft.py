@@ -33,7 +33,7 @@ def lay_out(
 ) -> tuple[DenoisingParams, tuple[int, ...]]:
     """A request's parameters with the length its canvas will have, and the tokens on it (none without a draft).
 
-    End tokens do not end a draft: what stands behind them was asked for.
+    End tokens do not end a draft: the client wrote what stands behind them.
     """
     if not denoising.draft:
         return denoising, ()

@@ -1,8 +1,8 @@
 """One pass of the model over a packed batch, in stages where rows leave on the way.
 
 The layers up to an exit run on all rows of a sequence, those behind it on the rows that go on. Sequences of a batch may
-have exits behind different layers, or none. Each stage is one packed forward over a stretch of layers with a layout of
-its own; without exits there is one stage.
+have exits behind different layers, or none. Each stage is one packed forward over a stretch of layers, with
+its layout; without exits there is one stage.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ForwardOutput:
     row_layers: list[int]
 
 
-# Asked when a layer has run behind which sequences leave: their indices -> how each goes on.
+# Called when a layer has run behind which sequences leave: their indices -> how each goes on.
 Leave = Callable[[list[int]], list[Continuation]]
 
 

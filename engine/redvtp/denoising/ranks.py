@@ -1,6 +1,6 @@
 """What tensor-parallel ranks have in common: sums, decisions and failures.
 
-Each rank computes its own attention heads and holds its own part of the KV cache. The engine runs without any of this
+Each rank computes some of the attention heads and holds their part of the KV cache. The engine runs without any of this
 on one rank, so the defaults do nothing; the driver of several ranks hands in the collectives.
 """
 

@@ -1,7 +1,7 @@
-"""The paged keys and values of all layers: what the engine asks of them, and the layout that needs nobody else.
+"""The paged keys and values of all layers: what the engine needs of them, and the row-major layout.
 
-Keys are stored with their rotary positions applied, as paged attention kernels expect them. A kernel may want a layout
-of its own; whoever brings it brings its `KVPages` too.
+Keys are stored with their rotary positions applied, as paged attention kernels expect them. A backend whose kernel
+reads another layout brings a `KVPages` for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class KVPages(Protocol):
-    """Key and value pages of this rank, in whatever layout: only `write` and `read` know where a token's numbers are.
+    """Key and value pages of this rank, in any layout: only `write` and `read` know where a token's numbers are.
 
     keys, values: one tensor for each layer, its first dimension [num_blocks].
     """
@@ -36,7 +36,7 @@ class KVPages(Protocol):
 class PagedKVCache:
     """`KVPages` in the row-major layout [num_blocks, block_size, kv_heads, head_dim].
 
-    `from_pages` adopts tensors that somebody else (vLLM) accounts for; the constructor allocates them.
+    Triton, flash and xformers kernels read this layout in place.
     """
 
     def __init__(

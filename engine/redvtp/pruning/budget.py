@@ -1,7 +1,7 @@
 """How many visual tokens stay, and two ways to pick them.
 
 Shares are of the tokens a request came with, so several prunings end where a single one would. With the scope `image`
-each image has its own budget.
+each image has a budget.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Policy:
     withdraw: behind `layer` visual tokens take no part in any step; their pages stay for the layers in front of it.
     mass: instead of a share, the smallest set with this share of the importance, within min_share and max_share.
     scope, positions: see PruningParams.
-    request_scores: the request's own scores, where the scorer needs them.
+    request_scores: scores that came with the request, where the scorer needs them.
     """
 
     scorer: Scorer

@@ -13,7 +13,7 @@ from redvtp.presets import PRESET_TABLE, Preset
 from redvtp.pruning.policy import PROMPT_ROWS, Policy
 from redvtp.pruning.scorers import SCORERS
 
-# Knobs that say how attention is scored and when tokens go: of no use where a preset decides neither by attention.
+# Knobs of how attention is scored, and of the moment: refused where a preset measures none or prunes before all steps.
 _OF_ATTENTION = ("score_rows", "score_layers", "attention_mass")
 _OF_THE_MOMENT = ("prune_step", "prune_steps")
 
@@ -76,7 +76,7 @@ def policy_of(params: PruningParams, num_layers: int, denoising: DenoisingParams
         moments=() if withheld else _moments(params, preset, denoising.resolved_steps),
         layer=layer,
         withdraw=preset.withdraw,
-        # A ratio of 1 keeps everything, whatever else is asked.
+        # A ratio of 1 keeps everything, whatever the other knobs say.
         mass=None if params.keep_ratio == 1 else mass,
         min_share=params.min_keep_ratio,
         max_share=params.max_keep_ratio,
@@ -136,7 +136,7 @@ def _part(of: int | float, whole: int) -> int:
 def _layer(params: PruningParams, preset: Preset, num_layers: int) -> int | None:
     """The layer behind which tokens go."""
     if params.prune_layer is None:
-        # A preset counts the layers that run on all tokens; its own number may be more than a small model has.
+        # A preset counts the layers that run on all tokens; that number may be more than a small model has.
         return None if preset.layer is None else min(max(1, _part(preset.layer, num_layers)), num_layers) - 1
     if not SCORERS[preset.scorer].measures_attention:
         raise ValueError(f"prune_layer has no meaning with pruning {params.preset}; leave it out")
