@@ -6,7 +6,7 @@ few things to as many as the model is evaluated on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -89,8 +89,8 @@ def _objects(count: int, size: tuple[int, int], mixed: float, rng: np.random.Gen
     boxes = count if rng.random() < 0.5 else 0
     if rng.random() < mixed:
         boxes = int(rng.integers(1, count)) if count > 1 else boxes
-    kinds: list[Kind] = ["box"] * boxes + ["shape"] * (count - boxes)
-    looks = {
+    kinds: list[Kind] = ["box" if number < boxes else "shape" for number in range(count)]
+    looks: dict[Kind, Iterator[int]] = {
         "box": iter(rng.permutation(len(COLORS) * 10).tolist()),
         "shape": iter(rng.permutation(len(COLORS) * len(SHAPES)).tolist()),
     }
@@ -232,7 +232,7 @@ TILE = (4, 4)
 def _make_pair(level: int, seed: Seed, split: Split, rng: np.random.Generator) -> Sample:
     """Two pictures of one tile each: objects, forms of two-digit values, or pages of two words a line."""
     kind = int(rng.integers(3))
-    scenes = []
+    scenes: list[Scene] = []
     for number in range(2):
         here = (*seed, number)
         lines = int(rng.integers(2, 4 if level == 0 else 5))

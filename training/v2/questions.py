@@ -234,13 +234,13 @@ def _about_table(scene: Scene, asked: _Asked) -> None:
     for side in sides:
         values = ",".join(item.text for item in entries if item.line == side.line)
         answer.add(side.line, [single(f" {_name(side)}")], [single(":")], encode(values))
-        row = [
+        pairs = [
             (_name(head), item.text)
             for head in heads
             for item in entries
             if (item.line, item.place) == (side.line, head.place)
         ]
-        asked.listing("json_row", f"Give the row {_name(side)} as JSON.", _json(row))
+        asked.listing("json_row", f"Give the row {_name(side)} as JSON.", _json(pairs))
     asked.listing("transcribe_table", "Transcribe the table.", answer)
 
 
