@@ -94,7 +94,7 @@ class _Counting:
 def test_a_request_of_the_embedded_engine_tokenises_its_draft_once(
     engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AUDIT 2b.2: it was eight times."""
+    """It was eight times."""
     local = engine(CHECKPOINT)
     counting = _Counting(local.tokenizer)
     monkeypatch.setattr(local, "tokenizer", counting)

@@ -49,7 +49,7 @@ def test_no_memory_holds_nothing() -> None:
 def test_profile_run_holds_prompt_embeddings_and_vision_cache(
     llm_factory: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """AUDIT 2.5: neither was measured, so a server ran out of memory under load instead of at start."""
+    """Neither was measured, so a server ran out of memory under load instead of at start."""
     runner = runner_of(llm_factory("tiny-llada-v"))
     config, scheduler = runner.vllm_config, runner.vllm_config.scheduler_config
     monkeypatch.setattr(config.scheduler_config, "max_num_seqs", 5)

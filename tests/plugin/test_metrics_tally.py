@@ -36,7 +36,7 @@ def _report(before: int, after: int) -> StepReport:
 
 @pytest.mark.parametrize(("before", "after", "prunings"), [(6, 3, 1), (6, 6, 0)])
 def test_only_what_drops_tokens_counts_as_a_pruning(before: int, after: int, prunings: int) -> None:
-    """AUDIT 2.10: keep_ratio 1 counted, although nothing went."""
+    """Keep_ratio 1 counted, although nothing went."""
     tally = DenoisingTally()
     tally.step(_report(before, after))
     counts = tally.take()

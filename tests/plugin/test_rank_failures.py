@@ -34,7 +34,7 @@ def _run(where: str) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.slow
 def test_ranks_take_a_step_back_together_when_one_fails_behind_the_last_collective() -> None:
-    """AUDIT 2.7: the rank that failed retried alone, and its sums met those of another step."""
+    """The rank that failed retried alone, and its sums met those of another step."""
     found, log = _run("after")
     reasons = [answer[0] for answer in found["answers"]]
     tokens = [answer[2] for answer in found["answers"]]

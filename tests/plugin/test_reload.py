@@ -14,7 +14,7 @@ SQUARE = Case("tiny-llada-v", "square")
 
 
 def test_reloaded_weights_give_the_same_tokens(llm_factory: Callable[..., LLM]) -> None:
-    """AUDIT 2.10: vLLM's worker calls it, and the runner had none."""
+    """VLLM's worker calls it, and the runner had none."""
     # An engine of its own: its weights are spoiled meanwhile.
     llm = llm_factory("tiny-llada-v", max_num_seqs=3)
     sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)

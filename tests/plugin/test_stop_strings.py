@@ -72,7 +72,7 @@ def test_a_stop_across_skipped_tokens_is_found() -> None:
 
 @pytest.mark.parametrize("length", [128, 4096])
 def test_only_the_tail_of_an_answer_is_decoded(length: int) -> None:
-    """AUDIT 2.9: the whole answer was decoded at every step, 14 ms for 4,096 tokens."""
+    """The whole answer was decoded at every step, 14 ms for 4,096 tokens."""
     counting = _Counting()
     ids = (ORDINARY * (length // len(ORDINARY) + 1))[:length]
     assert not spells_stop(counting, ids, 2, SamplingParams(stop=["never there", "nor this"]))
