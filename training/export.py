@@ -139,7 +139,7 @@ def preprocessor_config(shape: Shape) -> dict[str, Any]:
 def checkpoint_tensors(model: TinyDvlm) -> dict[str, Tensor]:
     """Every tensor under LLaDA-V's name, float16."""
     tensors = {
-        LLADA_V.weights.theirs(_engine_name(name)): parameter.detach().to(torch.float16).contiguous()
+        LLADA_V.weights.theirs(engine_name(name)): parameter.detach().to(torch.float16).contiguous()
         for name, parameter in model.named_parameters()
         if not name.startswith(_TRAINING_ONLY)
     }
@@ -150,7 +150,8 @@ def checkpoint_tensors(model: TinyDvlm) -> dict[str, Tensor]:
     return tensors
 
 
-def _engine_name(name: str) -> str:
+def engine_name(name: str) -> str:
+    """The engine's name of a parameter of the training model."""
     for ours, engine in _VISION.items():
         if name.startswith(ours):
             return engine + name.removeprefix(ours)

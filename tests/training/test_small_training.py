@@ -14,7 +14,6 @@ from PIL import Image
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.vision.tiling import image_mode, tile_image
 from training.v2.batches import prompt_pieces
 from training.v2.draw import render
 from training.v2.evaluate import decode, evaluate, held_out, load_average, prompt_embeddings
@@ -189,10 +188,8 @@ def test_the_engine_sees_the_visual_tokens_the_model_was_trained_on(tmp_path: Pa
         before, after = prompt_pieces(question.text, len(images), True)
         assert prompt.ids[: len(before)] == before
         assert prompt.ids[len(prompt.ids) - len(after) :] == after
-        mode = image_mode(engine.config, len(images))
-        pixels = [tile_image(image, engine.config, mode.mode) for image in images]
         with torch.inference_mode():
-            visual = engine.model.encode_images(pixels, [image.size for image in images], mode)
+            visual = engine.images.encode(engine.config.vision.items(images))
             theirs = engine.model.embed_prompt(torch.tensor(prompt.ids), prompt.visual_spans, visual)
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
