@@ -1,14 +1,18 @@
 """The collectives of this worker's tensor-parallel ranks, as the engine's `Ranks`.
 
 A step runs collectives all the way through. A rank that fails inside it leaves the others waiting in one that cannot be
-completed, and a retry of its own would pair with it: ranks would add up numbers of different steps. So ranks compare
-notes on the CPU group before they retry. Where all have reached that point they retry together; where one waits in
-vain for the others, its process ends with a sentence, and vLLM shuts the engine down.
+completed, and its retry would add numbers of another step to theirs. So ranks compare results on the CPU group before
+they retry. Where all reach that point they retry together. A failed rank that waits there in vain ends its process with
+a sentence, and vLLM shuts the engine down.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -46,13 +50,24 @@ def _any_failed(failed: bool) -> bool:
         return bool(flag.item())
     try:
         work.wait(PATIENCE)
-    except RuntimeError as error:
-        sentence = (
-            f"tensor-parallel rank {group.rank_in_group} failed alone; the other ranks wait for it in the middle of a "
-            "step and cannot go on. The error is above; if memory ran out, lower --gpu-memory-utilization, "
-            "--max-num-seqs or --max-num-batched-tokens"
+    except RuntimeError:
+        logger.exception(
+            "tensor-parallel rank %d failed alone; the other ranks wait for it in the middle of a step and cannot go "
+            "on. The error is above; if memory ran out, lower --gpu-memory-utilization, --max-num-seqs or "
+            "--max-num-batched-tokens",
+            group.rank_in_group,
         )
-        logger.error(sentence)
-        # vLLM logs other exceptions of ranks behind the first and goes on; the engine would hang.
-        raise SystemExit(sentence) from error
+        _end_process()
     return True
+
+
+def _end_process() -> NoReturn:
+    """vLLM sees that a worker has died and shuts the engine down.
+
+    An exception would not do: vLLM logs those of ranks behind the first and goes on, and an orderly exit waits for the
+    unfinished collective.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
