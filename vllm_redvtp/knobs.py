@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.sampling_params import SamplingParams
 
 from redvtp.errors import InvalidRequest
-from redvtp.params import BOUNDED_REMASKINGS, PRESET_KNOBS, DenoisingParams, PruningParams, shown
+from redvtp.params import BOUNDED_REMASKINGS, PRESET_KNOBS, DenoisingParams, PruningParams
+from redvtp.values import shown
 from vllm_redvtp.server_options import OPTIONS, additional_values
 
 if TYPE_CHECKING:

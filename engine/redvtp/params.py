@@ -6,12 +6,12 @@ once and refused with the same sentence everywhere. The messages are fit for an 
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
 from redvtp.errors import InvalidRequest
 from redvtp.presets import PRESET_TABLE
+from redvtp.values import check_integer, check_one_of, check_share, check_text, fits_float32, is_number, shown
 
 CACHES = ("none", "prefix", "dual", "prefix_lm")
 # Those that keep pages from one step of a canvas block to the next, and refresh them.
@@ -40,50 +40,12 @@ MASK_MARK = "<mask>"
 DEFAULT_BLOCK_LENGTH = 32
 # A canvas above this is a typing error: one tensor row for each token is laid out at once.
 MAX_GEN_LENGTH = 1 << 16
-# Longer text fits no canvas and no context; tokenising megabytes to find that out would hold up a server.
-MAX_TEXT_LENGTH = 1 << 16
 # Beyond these a schedule is a single jump, and float32 cannot represent the curve.
 SCHEDULE_SHIFTS = (0.001, 1000)
 # Up to 1 the factor rule has its theory; at this one it asks for nothing within any usual canvas block.
 MAX_THRESHOLD = 1000
-_SHOWN_LENGTH = 120
-_FLOAT32_LIMIT = 3e38
 # A layer, or a range of them.
 _LAYERS = re.compile(r"\d{1,4}(:\d{1,4})?")
-
-
-def shown(value: object) -> str:
-    """A refused value as a message shows it: what a client sends may be megabytes long."""
-    text = value[: _SHOWN_LENGTH + 1] if isinstance(value, str) else value
-    text = repr(text)
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
-
-
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise InvalidRequest(f"{name} must be an integer {allowed}, got {shown(value)}")
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return True
-    return isinstance(value, float) and math.isfinite(value)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
-
-
-def _text(name: str, value: str) -> None:
-    if len(value) > MAX_TEXT_LENGTH:
-        raise InvalidRequest(f"{name} must have at most {MAX_TEXT_LENGTH:,} characters, got {len(value):,}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        # JSON can spell half a surrogate pair, which no tokenizer and no wire format takes.
-        raise InvalidRequest(f"{name} must be valid Unicode, got {shown(value)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,51 +104,51 @@ class DenoisingParams:
     refresh_interval: int | None = None
 
     def __post_init__(self) -> None:
-        _integer("gen_length", self.gen_length, 1, MAX_GEN_LENGTH)
+        check_integer("gen_length", self.gen_length, 1, MAX_GEN_LENGTH)
         if self.block_length is not None:
-            _integer("block_length", self.block_length, 1, self.gen_length)
+            check_integer("block_length", self.block_length, 1, self.gen_length)
         if self.steps is not None:
-            _integer("steps", self.steps, 1, self.gen_length)
+            check_integer("steps", self.steps, 1, self.gen_length)
             if self.steps < self.num_blocks:
                 raise InvalidRequest(
                     f"steps must be at least the number of canvas blocks ({self.num_blocks} blocks of "
                     f"{self.resolved_block_length} in gen_length {self.gen_length}), got {self.steps}"
                 )
-        if not _is_number(self.temperature) or self.temperature < 0:
+        if not is_number(self.temperature) or self.temperature < 0:
             raise InvalidRequest(f"temperature must be a number >= 0, got {shown(self.temperature)}")
         if self.seed is not None:
-            _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        _one_of("schedule", self.schedule, SCHEDULES)
+            check_integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
+        check_one_of("schedule", self.schedule, SCHEDULES)
         low, high = SCHEDULE_SHIFTS
-        if not _is_number(self.schedule_shift) or not low <= self.schedule_shift <= high:
+        if not is_number(self.schedule_shift) or not low <= self.schedule_shift <= high:
             raise InvalidRequest(
                 f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}"
             )
-        _one_of("remasking", self.remasking, REMASKINGS)
+        check_one_of("remasking", self.remasking, REMASKINGS)
         self._check_confidence_rule()
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise InvalidRequest(f"stop must be non-empty strings, got {shown(self.stop)}")
         for stop in self.stop:
-            _text("stop", stop)
+            check_text("stop", stop)
         if not isinstance(self.suffix, str):
             raise InvalidRequest(f"suffix must be a string, got {shown(self.suffix)}")
-        _text("suffix", self.suffix)
+        check_text("suffix", self.suffix)
         if not isinstance(self.draft, str) or (self.draft and MASK_MARK not in self.draft):
             raise InvalidRequest(
                 f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}"
             )
-        _text("draft", self.draft)
+        check_text("draft", self.draft)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequest(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
-        _one_of("cache", self.cache, CACHES)
+        check_one_of("cache", self.cache, CACHES)
         if self.refresh_interval is not None:
-            _integer("refresh_interval", self.refresh_interval, 1)
+            check_integer("refresh_interval", self.refresh_interval, 1)
 
     def _check_confidence_rule(self) -> None:
         rule, least = self.threshold, self.min_confidence
-        if rule is not None and (not _is_number(rule) or not 0 < rule <= MAX_THRESHOLD):
+        if rule is not None and (not is_number(rule) or not 0 < rule <= MAX_THRESHOLD):
             raise InvalidRequest(f"threshold must be a number in (0, {MAX_THRESHOLD}], got {shown(rule)}")
-        if least is not None and (not _is_number(least) or not 0 <= least <= 1):
+        if least is not None and (not is_number(least) or not 0 <= least <= 1):
             raise InvalidRequest(f"min_confidence must be a number in [0, 1], got {shown(least)}")
         if rule is not None and least is not None:
             raise InvalidRequest(
@@ -263,36 +225,27 @@ class PruningParams:
     importance: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _one_of("pruning", self.preset, PRESETS)
-        _share("keep_ratio", self.keep_ratio)
-        _one_of("positions", self.positions, POSITIONS)
+        check_one_of("pruning", self.preset, PRESETS)
+        check_share("keep_ratio", self.keep_ratio)
+        check_one_of("positions", self.positions, POSITIONS)
         if self.score_rows is not None:
-            _one_of("score_rows", self.score_rows, SCORE_ROWS)
+            check_one_of("score_rows", self.score_rows, SCORE_ROWS)
         if self.score_layers is not None and not _LAYERS.fullmatch(str(self.score_layers)):
             raise InvalidRequest(f"score_layers must be a layer N or a range A:B, got {shown(self.score_layers)}")
         if self.attention_mass is not None:
-            _share("attention_mass", self.attention_mass)
-        _share("min_keep_ratio", self.min_keep_ratio)
-        _share("max_keep_ratio", self.max_keep_ratio)
+            check_share("attention_mass", self.attention_mass)
+        check_share("min_keep_ratio", self.min_keep_ratio)
+        check_share("max_keep_ratio", self.max_keep_ratio)
         if self.min_keep_ratio > self.max_keep_ratio:
             raise InvalidRequest(
                 f"min_keep_ratio must be at most max_keep_ratio ({self.max_keep_ratio}), got {self.min_keep_ratio}"
             )
         if self.prune_step is not None:
-            _integer("prune_step", self.prune_step, 0)
+            check_integer("prune_step", self.prune_step, 0)
         if self.prune_steps is not None:
-            _integer("prune_steps", self.prune_steps, 1)
+            check_integer("prune_steps", self.prune_steps, 1)
         if self.prune_layer is not None:
-            _integer("prune_layer", self.prune_layer, 0)
-        _one_of("prune_scope", self.prune_scope, SCOPES)
-        if not isinstance(self.importance, tuple) or not all(map(_fits_float32, self.importance)):
+            check_integer("prune_layer", self.prune_layer, 0)
+        check_one_of("prune_scope", self.prune_scope, SCOPES)
+        if not isinstance(self.importance, tuple) or not all(map(fits_float32, self.importance)):
             raise InvalidRequest(f"importance must be finite numbers, got {shown(self.importance)}")
-
-
-def _fits_float32(value: object) -> bool:
-    return _is_number(value) and abs(value) < _FLOAT32_LIMIT  # type: ignore[arg-type]
-
-
-def _share(name: str, value: object) -> None:
-    if not _is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
-        raise InvalidRequest(f"{name} must be a number in (0, 1], got {shown(value)}")

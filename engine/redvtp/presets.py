@@ -2,6 +2,7 @@
 
 A preset is a choice of scorer, rows, moment and budget. `redvtp.pruning.resolve` fills in what request, model and
 canvas decide. A new preset is a new row here; another importance is a new row of `redvtp.pruning.scorers`.
+It lies below `redvtp.params`, which checks the names of presets.
 """
 
 from __future__ import annotations

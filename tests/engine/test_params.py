@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from redvtp.errors import BadInput, InvalidRequest, refusing
-from redvtp.params import DenoisingParams, PruningParams
+from redvtp.params import REMASKINGS, DenoisingParams, PruningParams
 from redvtp.pruning.resolve import policy_of
 
 BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
@@ -27,7 +27,7 @@ BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"schedule_shift": float("inf")}, "schedule_shift must be"),
     ({"schedule_shift": 10**400}, "schedule_shift must be"),
     ({"schedule_shift": True}, "schedule_shift must be"),
-    ({"remasking": "best"}, "remasking must be one of low_confidence, entropy, margin, random, got 'best'"),
+    ({"remasking": "best"}, f"remasking must be one of {', '.join(REMASKINGS)}, got 'best'"),
     ({"threshold": 0}, r"threshold must be a number in \(0, 1000\], got 0"),
     ({"threshold": -1.0}, "threshold must be"),
     ({"threshold": float("nan")}, "threshold must be"),

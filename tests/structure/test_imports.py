@@ -19,6 +19,7 @@ SOURCES = {"redvtp": ROOT / "engine" / "redvtp", "vllm_redvtp": ROOT / "vllm_red
 ORDER = {
     "redvtp": (
         ("presets", "errors", "reports", "clock"),
+        ("values",),
         ("params",),
         ("kv", "vision"),
         ("attention", "prompt"),

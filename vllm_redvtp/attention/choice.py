@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from redvtp.params import shown
+from redvtp.values import shown
 from vllm_redvtp.attention.cpu import CPU
 from vllm_redvtp.attention.reference import TORCH
 from vllm_redvtp.attention.server_backend import ServerBackend

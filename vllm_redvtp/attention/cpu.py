@@ -1,6 +1,6 @@
 """The backend `cpu`: vLLM's CPU attention kernel, where vLLM runs on a CPU.
 
-`redvtp.attention.cpu_kernel` has the attention itself; it is imported only where the kernel is used.
+`vllm_redvtp.attention.cpu_kernel` has the attention itself; it is imported only where the kernel is used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The backend `torch`: the engine's reference, over row-major pages. It serves everything, everywhere."""
+"""The backend `torch`: the engine's reference (`redvtp.attention.torch_paged`). It serves everything, everywhere."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a server must know of an attention backend before it starts. One value for each, in a file of its own.
 
-A new backend is such a file and its name in `redvtp.attention.choice.BACKENDS`.
+A new backend is such a file and its name in `vllm_redvtp.attention.choice.BACKENDS`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
 
 from redvtp.errors import InvalidRequest
-from redvtp.params import shown
+from redvtp.values import shown
 from vllm_redvtp.knobs import knob_values, pruning_params
 
 # Sampling options that a canvas has no meaning for (docs/knobs.md says why): name, and whether a request uses it.

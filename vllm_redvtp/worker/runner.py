@@ -91,8 +91,10 @@ class DiffusionModelRunner:
     ) -> None:
         with kv_cache_allocation_context or nullcontext():
             cache = allocate_kv_cache(self.config, self.vllm_config, kv_cache_config, self.device)
-        logger.info("attention: %s", attention_summary(self.vllm_config))
         self._engine = self._make_engine(self.model, cache)
+        neighbours = "cannot" if self._engine.context.attention.batch_invariant else "can"
+        summary = attention_summary(self.vllm_config)
+        logger.info("attention: %s; neighbours in a batch %s change its bits", summary, neighbours)
         self.arrivals = Arrivals(self.model, self.images, self.planner, self._engine, self._ranks)
 
     def get_supported_tasks(self) -> tuple[str, ...]:

@@ -92,7 +92,7 @@ def _add(
         kinds = {types[field.name], *get_args(types[field.name])}
         options = next(options for kind, options in _BY_TYPE.items() if kind in kinds)
         text = meaning(params, field.name).partition(". ")[0].replace("%", "%%").replace("None ", "the default ")
-        text = f"several with commas, of {text}" if field.name in several else text
+        text = f"{text}; several with commas" if field.name in several else text
         shown = "" if field.default in (None, "", ()) or field.default is False else " (default %(default)s)"
         default: Any = field.default
         default = list(default) if "nargs" in options else default

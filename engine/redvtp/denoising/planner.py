@@ -1,6 +1,6 @@
 """What the next step of a sequence computes, scores and drops. Pure: nothing here changes a sequence.
 
-docs/architecture.md (decoding modes) says which steps are full and which compute the response alone.
+docs/denoising.md says which steps are full and which compute the response alone.
 """
 
 from __future__ import annotations
