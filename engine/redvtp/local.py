@@ -38,7 +38,7 @@ from redvtp.request import Generation as Generation
 from redvtp.request import Request as Request
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Without --num-blocks the cache holds max_num_seqs long sequences, but no more than this unless one sequence alone
+# Without num_blocks the cache holds max_num_seqs long sequences, but no more than this unless one sequence alone
 # needs it.
 CACHE_BYTES = 4 << 30
 

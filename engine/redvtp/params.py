@@ -86,6 +86,7 @@ class DenoisingParams:
     Raises InvalidRequest naming the knob, the value and what is allowed.
     """
 
+    # The first sentence on each field above is the help of its flag: keep the form `name: text`.
     gen_length: int = 64
     block_length: int | None = None
     steps: int | None = None
@@ -184,14 +185,14 @@ class DenoisingParams:
 class PruningParams:
     """When and how visual tokens are dropped. What None stands for is the preset's (`redvtp.presets`).
 
-    preset: `redvtp` prunes once, after the first denoising step, by attention (arXiv 2511.12428, section 3);
-    `llada-fastv` (arXiv 2601.20168) and `fastv` (arXiv 2403.06764) inside that step, half way down or behind the second
-    layer; `late` after half of the steps, or where confidence decides with half of the canvas decided, `progressive` in
-    several prunings, `zipvl` (arXiv 2410.08584) as much as the attention allows; `layer-skip` (arXiv 2511.15098) drops
-    nothing but spares the deeper layers the visual tokens;
-    `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's
-    `importance`; `random` and `uniform` (evenly spaced) prune after the first step without looking, to compare with;
-    `none` keeps every visual token.
+    preset: which tokens are dropped, and when; docs/pruning.md says which when. `redvtp` prunes once, after the first
+    denoising step, by attention (arXiv 2511.12428, section 3). `llada-fastv` (arXiv 2601.20168) and `fastv` (arXiv
+    2403.06764) prune inside that step, half way down or behind the second layer. `late` prunes after half of the steps,
+    or where confidence decides with half of the canvas decided; `progressive` in several prunings. `zipvl` (arXiv
+    2410.08584) drops as much as the attention allows. `layer-skip` (arXiv 2511.15098) drops nothing but spares the
+    deeper layers the visual tokens. `attention-free` and `external` prune before the first forward, by the visual
+    features alone or by the request's `importance`. `random` and `uniform` (evenly spaced) are controls. `none` keeps
+    every visual token.
     keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays. 1 keeps everything, whatever
     the preset.
     positions: `compact` renumbers the survivors 0..n-1 (the reference), `original` keeps the positions they had.

@@ -121,3 +121,10 @@ def test_a_sequence_can_be_scored_in_several_ways_at_once(first: int) -> None:
     expected = setup.slow(1)[1].mean(0)[rows][:, keys]
     torch.testing.assert_close(by_row.by_row(), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(averaged.by_row(), expected.mean(0, keepdim=True), atol=1e-6, rtol=1e-5)
+
+
+def test_kernels_get_lengths_as_tensors() -> None:
+    layout = Setup([(20, 12, 1), (17, 0, 1), (8, 7, 2)], 1).layout([0, 1, 2])
+    assert layout.query_starts.tolist() == [0, 8, 25, 26]
+    assert layout.kv_lengths.tolist() == [20, 17, 4]
+    assert layout.block_tables.shape == (3, blocks_needed(20, BLOCK_SIZE))

@@ -1,1 +1,1 @@
-"""Attention backends that need vLLM, and the choice of one."""
+"""The attention backends that a server can choose, and the choice."""

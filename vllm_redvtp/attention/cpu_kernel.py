@@ -26,7 +26,6 @@ class CpuAttention:
     heads: query heads of this rank.
     """
 
-    name = "cpu"
     # Each sequence is a call of its own, see CpuPrepared.
     batch_invariant = True
 

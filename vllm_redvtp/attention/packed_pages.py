@@ -1,9 +1,9 @@
 """Pages in the layout of vLLM's CPU attention kernel: the kernel's write, and reads, which vLLM does not offer.
 
 A block holds, for each key head, block_size * head_dim keys and then as many values. In which order they lie there is
-the kernel's business and depends on the processor: keys transposed for vector instructions, pairs interleaved for
-matrix tiles. So the order is not assumed but found out, once, by letting the kernel write numbers that name themselves
-(`probe_layout`). Reads, and with them compaction, scores and the torch backend, gather through what was found.
+the kernel's choice and depends on the processor: keys transposed for vector instructions, pairs interleaved for matrix
+tiles. `probe_layout` finds the order out, once: the kernel writes numbers that name their places. Reads, and with them
+compaction, scores and the torch backend, gather through what was found.
 """
 
 from __future__ import annotations

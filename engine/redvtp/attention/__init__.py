@@ -1,1 +1,4 @@
-"""Attention over a packed batch: one layout (`batch.py`), one signature, one file for each backend."""
+"""Attention over a packed batch: its layout, what a backend is, the reference backend, and scores.
+
+Backends that a server can choose are in `vllm_redvtp.attention`.
+"""

@@ -36,17 +36,18 @@ class PreparedAttention(Protocol):
         """[rows, heads, head_dim]. Pages hold this layer's keys by now."""
 
     def score(self, layer: int, query: Tensor, key: Tensor) -> None:
-        """Add this layer to each of Layout.scores that counts it."""
+        """Add this layer to each of Layout.scores that counts it.
+
+        A backend whose kernel gives no scores leaves scored sequences to `torch_paged.TorchPrepared(only=...)`.
+        """
 
 
 class AttentionBackend(Protocol):
     """One way to compute attention over the pages of one cache.
 
-    name: what users call it.
     batch_invariant: whether a sequence's output is bit for bit the same whatever its neighbours in the batch are.
     """
 
-    name: str
     batch_invariant: bool
 
     def prepare(self, layout: Layout) -> PreparedAttention:

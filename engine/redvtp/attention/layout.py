@@ -1,7 +1,7 @@
 """What attention must know of one packed forward: whose rows are whose, and where each sequence's keys are.
 
 Rows of all sequences lie one after another, without padding. `redvtp.denoising.packing` makes layouts; backends read
-them. What the host knows is in `spans`, so that no backend has to ask the device; kernels take the tensors.
+them. What the host knows is in `spans`, so that no backend has to read from the device; kernels take the tensors.
 """
 
 from __future__ import annotations

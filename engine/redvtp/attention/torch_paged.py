@@ -18,7 +18,6 @@ GATHER_BYTES = 32 << 20
 class TorchAttention:
     """`AttentionBackend` over pages of any layout."""
 
-    name = "torch"
     # Each sequence has a product for itself.
     batch_invariant = True
 
@@ -66,9 +65,9 @@ class TorchPrepared:
                 outputs[index] = self._product(queries[index], own_key, own_value)
                 if index in self._scored:
                     self._keys[index] = own_key[0].transpose(0, 1)
-        if len(self._members) == 1:
-            return outputs[self._members[0]][0].transpose(0, 1)
-        return torch.cat([outputs[index] for index in self._members], dim=2)[0].transpose(0, 1)
+        # torch's product lays rows out before heads, so these are views, and one copy joins them.
+        joined = [outputs[index].transpose(1, 2) for index in self._members]
+        return joined[0][0] if len(joined) == 1 else torch.cat(joined, dim=1)[0]
 
     def score(self, layer: int, query: Tensor, key: Tensor) -> None:
         for index, sums in self._scores:

@@ -1,8 +1,7 @@
 """How many proposals a step commits where the model's confidence decides and not a schedule.
 
 `threshold` is the factor rule of Fast-dLLM (arXiv 2505.22618), `min_confidence` the plain one of other engines. Both
-commit at least one proposal in each step, so that a canvas takes as many steps as it needs and never more than it has
-tokens.
+commit at least one proposal in each step, so a canvas never takes more steps than it has tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def confidence_rule(confidence: list[float], nothing_else: bool, least: float) -
 
 
 def acceptance_of(denoising: DenoisingParams) -> Acceptance | None:
-    """The rule a request asks for; None where its schedule decides."""
+    """The rule of a request; None where its schedule decides."""
     if denoising.threshold is not None:
         return partial(factor_rule, factor=denoising.threshold)
     if denoising.min_confidence is not None:

@@ -32,8 +32,7 @@ class Canvas:
         as it had tokens to decide; only proposals of the mask id can make it come to that, and the last step then
         commits all there are.
 
-    Methods: half of them are properties that planner, commit and drivers read; a step calls masked_rows, choose, commit
-    and resolved_growth.
+    Methods: properties that planner, commit and drivers read, beside the verbs of a step.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from redvtp.params import DenoisingParams, PruningParams
+from redvtp.params import PRESETS, DenoisingParams, PruningParams
 
 # `--preset` alone would not say of what.
 FLAG_OF = {"preset": "pruning"}
@@ -92,6 +92,7 @@ def _add(
         kinds = {types[field.name], *get_args(types[field.name])}
         options = next(options for kind, options in _BY_TYPE.items() if kind in kinds)
         text = meaning(params, field.name).partition(". ")[0].replace("%", "%%").replace("None ", "the default ")
+        text = f"{text}: {', '.join(PRESETS)}" if field.name == "preset" else text
         text = f"{text}; several with commas" if field.name in several else text
         shown = "" if field.default in (None, "", ()) or field.default is False else " (default %(default)s)"
         default: Any = field.default

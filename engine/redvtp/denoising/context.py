@@ -47,19 +47,29 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
+class Dropped:
+    """What a step dropped behind a layer.
+
+    importance: [visual] float32, of the tokens before.
+    kept: [kept] int64, ascending, into those.
+    """
+
+    importance: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LayerExit:
     """How a step went on behind the layer where visual tokens left it.
 
     layer: the last one that ran on all rows.
     continuation: the rows that went on.
-    importance: [visual] float32, of the tokens before. None where they were only hidden from the deeper layers.
-    kept: [kept] int64, ascending, into those.
+    dropped: None where visual tokens were only hidden from the deeper layers.
     """
 
     layer: int
     continuation: Continuation
-    importance: Tensor | None = None
-    kept: Tensor | None = None
+    dropped: Dropped | None = None
 
 
 @dataclass(slots=True)
@@ -94,5 +104,6 @@ class SequenceStep:
     pruning: PruningReport | None = None
 
     @property
-    def averaged_scores(self) -> bool:
-        return self.scores is not None and self.scores.averaged
+    def dropped_inside(self) -> Dropped | None:
+        """What the step dropped behind its exit layer."""
+        return None if self.exit is None else self.exit.dropped

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redvtp.denoising.context import Context, LayerExit, SequenceStep
+from redvtp.denoising.context import Context, Dropped, LayerExit, SequenceStep
 from redvtp.denoising.forward import Continuation
 from redvtp.denoising.page_history import OriginExit
 from redvtp.denoising.planner import rows_without_visual
@@ -61,7 +61,7 @@ class LayerExits:
         kept = self._pruner.choose(sequence, step.plan.share, importance)
         if first and kept.numel() < sequence.prompt.num_visual:
             moves.append((range(layer + 1, self._context.pages.num_layers), self._compaction(sequence, kept, first)))
-        return LayerExit(layer, _dropped_visual(sequence, kept, first, slots), importance, kept)
+        return LayerExit(layer, _dropped_visual(sequence, kept, first, slots), Dropped(importance, kept))
 
     def _compaction(self, sequence: Sequence, kept: Tensor, first: int) -> CompactionPlan:
         """Of the pages in front of the step's rows."""
@@ -91,7 +91,7 @@ def origin_exit(exit_: LayerExit | None) -> OriginExit | None:
     if exit_ is None:
         return None
     rows, positions = exit_.continuation.rows, exit_.continuation.positions
-    return OriginExit(exit_.layer, rows, positions, in_place=exit_.kept is None)
+    return OriginExit(exit_.layer, rows, positions, in_place=exit_.dropped is None)
 
 
 def again(exit_: OriginExit) -> Continuation:

@@ -3,7 +3,8 @@
 A response step reads keys and values that an earlier forward computed: from the canvas as it stood then, and in front
 of visual tokens that may have been pruned since. `PageOrigin` remembers what went into that forward: embeddings, ids
 and positions, a small part of what the pages take. The canvas may have been computed once more since, by a response
-step on those pages: `CanvasOrigin`. Every pruning makes the next step compute the canvas anew, so none lies between.
+step on those pages: `CanvasOrigin`. After a pruning the next step computes the canvas anew, so no pruning happens
+between the two forwards.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def plan_step(sequence: Sequence) -> StepPlan:
     else:
         rows = _canvas_rows(sequence, measures)
         if rows is not None and not (measures and _scores_before(sequence, rows[0])):
-            # With shifted logits the token before the first one says what that is: it is computed again.
+            # With shifted logits the first token's logits come from the row before it, so that row is computed too.
             first = prompt + rows[0] - int(sequence.shifted_logits)
             end = total if rows[1] is None else prompt + rows[1]
             kind, candidate, computed = "response", sequence.canvas.block_start, end - first
@@ -111,7 +111,7 @@ def restored_rows(sequence: Sequence, plan: StepPlan) -> int:
     return plan.first_row if plan.end_row == sequence.total_length else sequence.total_length
 
 
-def after_commit(sequence: Sequence) -> PruningProgress:
+def advanced_progress(sequence: Sequence) -> PruningProgress:
     """For policies that wait until enough of the canvas is decided: whether that is so now."""
     progress, policy = sequence.pruning, sequence.policy
     if progress.counted_from is not None or policy is None or policy.decided is None:

@@ -41,19 +41,11 @@ class Pruner:
         self._ranks = ranks
 
     def prune_before(self, sequence: Sequence) -> None:
-        """Drop what the policy keeps from even the first forward."""
+        """Drop the visual tokens that the policy removes before the first forward."""
         policy, prompt = sequence.policy, sequence.prompt
         if policy is None or policy.before is None or prompt.num_visual == 0:
             return
-        features = None
-        if policy.scorer.looks_at_features:
-            features = prompt.embeds.index_select(0, prompt.visual_rows.to(self._device))
-        with self._clock.measure("score"):
-            importance = policy.scorer.score(
-                Evidence(prompt.num_visual, features, given=policy.request_scores, generator=sequence.generator)
-            )
-            if features is not None:
-                importance = self._ranks.broadcast_from_rank0(importance.to(self._device)).cpu()
+        importance = self._importance(sequence, None)
         kept = self.choose(sequence, policy.before, importance)
         sequence.unreported = _report(BEFORE_ALL_STEPS, None, importance, kept)
         if kept.numel() < prompt.num_visual:
@@ -80,6 +72,20 @@ class Pruner:
             decided = self._ranks.broadcast_from_rank0(torch.cat(means)).cpu()
             return dict(zip(scored, decided.split([part.numel() for part in means]), strict=True))
 
+    def _importance(self, sequence: Sequence, attention: Tensor | None) -> Tensor:
+        """[visual] float32 on the CPU, from the policy's scorer. attention: what was measured, see `Evidence`."""
+        policy, prompt = sequence.policy, sequence.prompt
+        assert policy is not None
+        features = None
+        if policy.scorer.looks_at_features:
+            features = prompt.embeds.index_select(0, prompt.visual_rows.to(self._device))
+        evidence = Evidence(prompt.num_visual, features, attention, policy.request_scores, sequence.generator)
+        if features is None:
+            return policy.scorer.score(evidence)
+        with self._clock.measure("score"):
+            importance = policy.scorer.score(evidence).to(self._device)
+            return self._ranks.broadcast_from_rank0(importance).cpu()
+
     def _summed_over_ranks(self, scored: dict[int, Tensor]) -> dict[int, Tensor]:
         if self._ranks is ALONE:
             return scored
@@ -103,9 +109,7 @@ class Pruner:
         """
         assert sequence.policy is not None, "only a policy drops tokens"
         before = sequence.prompt.num_visual
-        importance = sequence.policy.scorer.score(
-            Evidence(before, None, attention, sequence.policy.request_scores, sequence.generator)
-        )
+        importance = self._importance(sequence, attention)
         kept = self.choose(sequence, share, importance)
         if kept.numel() < before:
             every = range(self._pages.num_layers)

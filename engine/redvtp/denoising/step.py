@@ -1,7 +1,7 @@
-"""One denoising step for a batch of sequences: restore, encode, forward, commit, prune, report.
+"""One denoising step for a batch of sequences: begin, restore, encode, forward, note, commit, prune, finish, report.
 
 Sequences may be at different steps, full and response steps mixed; they share one packed forward without padding. The
-driver (`LocalEngine`, or vLLM's worker through vllm_redvtp) decides who steps and which blocks a sequence has.
+driver (`LocalEngine`, or vLLM's worker through vllm_redvtp) decides which sequences step and which blocks they have.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from redvtp.denoising.forward import ForwardOutput, run_forward
 from redvtp.denoising.layer_exit import LayerExits
 from redvtp.denoising.packing import Part, pack
 from redvtp.denoising.planner import (
-    after_commit,
+    advanced_progress,
     canvas_positions,
     is_whole_response,
     plan_step,
@@ -50,8 +50,9 @@ class DenoisingRunner:
 
     ranks: the collectives of tensor-parallel ranks; ALONE on one.
     attention: the backend over `pages`; torch's when None.
-    observe: if set, every full step is scored, whether or not it prunes, and the observer gets the importance. A step
-        that leaves nothing undecided has none.
+
+    `observe`, an attribute: if set, every full step is scored, whether or not it prunes, and the observer gets the
+    importance. It is not called for a step that leaves nothing undecided.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class DenoisingRunner:
 
     @torch.inference_mode()
     def prune_before(self, sequence: Sequence) -> None:
-        """Drop what the policy keeps from even the first forward.
+        """Drop the visual tokens that the policy removes before the first forward.
 
         To be called once, before the sequence's first step; from then on it needs blocks for the survivors only.
         """
@@ -86,13 +87,13 @@ class DenoisingRunner:
         restore_pages(self.context, steps)
         encode_prompts(self.context, steps)
         # An end token right behind the prompt leaves nothing to denoise.
-        denoising = [step for step in steps if not step.sequence.finished]
-        if denoising:
-            output = self.forward(denoising)
-            for step in denoising:
+        unfinished = [step for step in steps if not step.sequence.finished]
+        if unfinished:
+            output = self.forward(unfinished)
+            for step in unfinished:
                 note_pages(step)
-            commit(self.context, denoising, output)
-            self._prune(denoising)
+            commit(self.context, unfinished, output)
+            self._prune(unfinished)
         for step in steps:
             _finish(step)
         self.clock.collect()
@@ -148,19 +149,17 @@ class DenoisingRunner:
         moves: Moves = []
         for index, step in enumerate(steps):
             sequence, plan = step.sequence, step.plan
-            sequence.pruning = after_commit(sequence)
-            dropped = step.exit if step.exit is not None and step.exit.kept is not None else None
+            sequence.pruning = advanced_progress(sequence)
+            dropped = step.dropped_inside
             importance = importances.get(index) if dropped is None else dropped.importance
             if importance is not None and self.observe is not None:
                 self.observe(sequence, step.number, importance)
-            if dropped is not None:
-                assert dropped.importance is not None
-                assert dropped.kept is not None
+            if dropped is not None and plan.exit_layer is not None:
                 step.pruning = self._pruner.prune_like_exit(
-                    sequence, dropped.layer, plan.first_row, dropped.importance, dropped.kept, step.number, moves
+                    sequence, plan.exit_layer, plan.first_row, dropped.importance, dropped.kept, step.number, moves
                 )
             elif plan.share is not None and step.undecided and (not plan.measures_attention or importance is not None):
-                # With nothing left to decide there is nothing to prune for.
+                # Not where nothing is undecided any more, nor where no measured attention counts.
                 step.pruning = self._pruner.prune(sequence, plan.share, importance, step.number, moves)
         if moves:
             with self.clock.measure("compaction"):
@@ -172,12 +171,13 @@ class DenoisingRunner:
         counting: dict[int, Tensor] = {}
         for index, step in enumerate(steps):
             scores, plan = step.scores, step.plan
-            if scores is None or not step.undecided or (step.exit is not None and step.exit.kept is not None):
+            if scores is None or not step.undecided or step.dropped_inside is not None:
                 continue
             if not scores.averaged:
                 assert step.counting is not None
                 if not bool(step.counting[plan.first_candidate :].any()):
                     continue
+                # scores.rows count from the step's first row; here they become canvas rows.
                 canvas_rows = scores.rows.cpu() + (plan.first_row - step.sequence.prompt.length)
                 counting[index] = step.counting[canvas_rows]
             found[index] = scores

@@ -30,7 +30,3 @@ class StepPlan:
     measures_attention: bool = False
     exit_layer: int | None = None
     drops_inside: bool = False
-
-    @property
-    def rows(self) -> int:
-        return self.end_row - self.first_row

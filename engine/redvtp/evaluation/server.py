@@ -1,6 +1,6 @@
 """A running `vllm serve` as a backend, over the OpenAI chat API with `concurrency` clients at a time.
 
-Every parameter with a value is sent with every request, so the server's defaults do not change the answers.
+Every parameter with a value is sent with every request. One that is None is not, and there the server's default counts.
 """
 
 from __future__ import annotations

@@ -33,9 +33,12 @@ def value_at(raw: Mapping[str, Any], key: str) -> Any:
 
 
 def check_supported(raw: Mapping[str, Any], supported: Supported) -> None:
-    """Raises ValueError for the first key with a value that is not supported."""
+    """Raises ValueError for the first key with a value that is not supported. Keys may be dotted, see `value_at`."""
     for key, (default, values) in supported.items():
-        value = raw.get(key, default)
+        # A key that is there and null is not a missing one.
+        parent, _, leaf = key.rpartition(".")
+        inside = value_at(raw, parent) if parent else raw
+        value = inside.get(leaf, default) if isinstance(inside, Mapping) else default
         if value not in values:
             raise ValueError(f"{key} {value!r} is not supported; supported: {', '.join(map(repr, values))}")
 

@@ -1,1 +1,1 @@
-"""The models the engine runs: their configuration, their weights and their forward."""
+"""The models the engine runs: their weights, their forward and the cache of visual tokens."""

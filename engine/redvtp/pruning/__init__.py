@@ -1,1 +1,1 @@
-"""Which visual tokens survive: scores from attention, a budget, and the choice."""
+"""Which visual tokens survive: scorers, budgets, and the policy of one request."""

@@ -46,11 +46,11 @@ def feature_importance(features: Tensor) -> Tensor:
 
 
 def masked_row_importance(attention: Tensor, still_masked: Tensor) -> Tensor:
-    """Importance of each visual token to the response that is still undecided (RedVTP, section 3).
+    """Importance of each visual token to some canvas rows, as a rule those that are undecided (RedVTP, section 3).
 
-    attention: [rows, visual] float32, mean over layers and heads. still_masked: [rows] bool, masked after this step's
-    commit.
-    Returns [visual] float32. Raises ValueError when no row is masked: nothing is left to decide, so do not prune.
+    attention: [rows, visual] float32, mean over layers and heads.
+    still_masked: [rows] bool, the rows that count: masked after this step's commit, or just committed.
+    Returns [visual] float32. Raises ValueError when no row counts: nothing is left to decide, so do not prune.
     """
     if not bool(still_masked.any()):
         raise ValueError("no response row is masked; there is nothing left to prune for")

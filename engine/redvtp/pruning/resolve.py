@@ -48,7 +48,7 @@ def policy_for(
 
 
 def policy_of(params: PruningParams, num_layers: int, denoising: DenoisingParams) -> Policy | None:
-    """The policy of a request on a model of num_layers layers, decided like this; None for `none`.
+    """The policy of a request with these parameters on a model of num_layers layers; None for `none`.
 
     Raises ValueError, naming knob and value, where the request asks for layers or steps that there are not, or for
     what its preset cannot do.
@@ -94,17 +94,16 @@ def _takes_request_scores(preset: str) -> bool:
 
 def _refuse_idle(params: PruningParams, preset: Preset) -> None:
     """Raises ValueError for a knob that would have no effect."""
-    idle: tuple[str, ...] = ()
-    if not SCORERS[preset.scorer].measures_attention:
-        idle += _OF_ATTENTION
+    reasons: dict[str, str] = {}
     if preset.before:
-        idle += _OF_THE_MOMENT
+        reasons |= dict.fromkeys(_OF_THE_MOMENT, "which prunes before the first step")
+    if not SCORERS[preset.scorer].measures_attention:
+        reasons |= dict.fromkeys(_OF_ATTENTION, "which looks at no attention")
     if preset.withdraw:
-        idle += _OF_ATTENTION + _OF_THE_MOMENT
-    for name in idle:
+        reasons |= dict.fromkeys(_OF_ATTENTION + _OF_THE_MOMENT, "which drops nothing")
+    for name, reason in reasons.items():
         if getattr(params, name) is not None:
-            why = "which prunes before the first step" if preset.before else "which looks at no attention"
-            raise ValueError(f"{name} has no meaning with pruning {params.preset}, {why}; leave it out")
+            raise ValueError(f"{name} has no meaning with pruning {params.preset}, {reason}; leave it out")
 
 
 def _moments(params: PruningParams, preset: Preset, steps: int) -> tuple[tuple[int, float], ...]:

@@ -1,4 +1,4 @@
-"""Images as tiles: the treatment and the vision path of checkpoints with a SigLIP tower over square tiles."""
+"""Images as tiles: the treatment of checkpoints with a SigLIP tower over square tiles."""
 
 from __future__ import annotations
 
