@@ -17,7 +17,7 @@ from vllm.sampling_params import SamplingParams
 
 from redvtp.errors import InvalidRequest
 from redvtp.params import BOUNDED_REMASKINGS, PRESET_KNOBS, DenoisingParams, PruningParams
-from redvtp.values import shown
+from redvtp.values import check_integer, shown
 from vllm_redvtp.server_options import OPTIONS, additional_values
 
 if TYPE_CHECKING:
@@ -123,9 +123,12 @@ def build_params(
     # A server default is meant for canvases of the usual size and shrinks with a shorter one; a client's value does
     # not.
     bending = {name: values.pop(name) for name in ("block_length", "steps") if name in defaults and name not in knobs}
-    if not _DECIDING.isdisjoint(knobs) or knobs.get("remasking", BOUNDED_REMASKINGS[0]) not in BOUNDED_REMASKINGS:
+    if not _DECIDING.isdisjoint(knobs) or knobs.get("remasking") not in (None, *BOUNDED_REMASKINGS):
         # The request brings another rule, or a remasking without a confidence in [0, 1].
         values = {name: value for name, value in values.items() if name in knobs or name not in _CONFIDENCE_RULES}
+    if not _CONFIDENCE_RULES.isdisjoint(knobs) and "remasking" not in knobs:
+        # The server's remasking may have no confidence in [0, 1], which the request's rule needs.
+        values = {name: value for name, value in values.items() if name != "remasking" or value in BOUNDED_REMASKINGS}
     denoising = DenoisingParams(
         **values,
         temperature=sampling.temperature,
@@ -166,12 +169,13 @@ def _bend(denoising: DenoisingParams, defaults: Mapping[str, Any]) -> DenoisingP
     """`denoising` with the server's block_length and steps, as far as this canvas allows."""
     length = defaults.get("block_length")
     if length is not None:
-        DenoisingParams(gen_length=max(denoising.gen_length, _positive("block_length", length)), block_length=length)
+        check_integer("block_length", length, 1)
+        DenoisingParams(gen_length=max(denoising.gen_length, length), block_length=length)
         # The dataclass refuses a client's steps that need longer blocks.
         denoising = replace(denoising, block_length=min(length, denoising.gen_length))
     steps = defaults.get("steps")
     if steps is not None:
-        _positive("steps", steps)
+        check_integer("steps", steps, 1)
         denoising = replace(denoising, steps=min(max(steps, denoising.num_blocks), denoising.gen_length))
     return denoising
 
@@ -195,9 +199,3 @@ def _bend_moment(pruning: PruningParams, steps: int, knobs: Mapping[str, Any]) -
     if pruning.prune_steps is not None and "prune_steps" not in knobs:
         pruning = replace(pruning, prune_steps=max(1, min(pruning.prune_steps, last + 1 - (pruning.prune_step or 0))))
     return pruning
-
-
-def _positive(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidRequest(f"{name} must be an integer >= 1, got {shown(value)}")
-    return value

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from redvtp.engines import EngineOptions
 from redvtp.errors import BadInput, refusing
 from redvtp.families.config import DvlmConfig, load_config
-from redvtp.local import Request
 from redvtp.models.loading import check_weight_files
+from redvtp.request import Request
 from redvtp.trace import Trace, trace_of_report
 from vllm_redvtp.quiet import environment, logs_on_stderr, start_up_noise
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from redvtp.errors import BadInput, refusing
 
 if TYPE_CHECKING:
-    from redvtp.local import Request
+    from redvtp.request import Request
     from redvtp.trace import Trace
 
 ENGINES = "redvtp.engines"

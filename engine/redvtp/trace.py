@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
 
-from redvtp.local import Generation
+from redvtp.request import Generation
 
 
 class TraceStep(TypedDict):

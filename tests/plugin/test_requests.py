@@ -193,6 +193,15 @@ def test_servers_threshold_gives_way_to_what_a_request_says(
     assert (built.threshold, built.min_confidence) == rule
 
 
+def test_a_clients_confidence_rule_goes_before_a_remasking_of_the_server() -> None:
+    """It was refused for a remasking that the client had not sent."""
+    sampling = SamplingParams(extra_args={"redvtp_threshold": 0.9})
+    built = build_params(sampling, 16, {"remasking": "entropy"}).denoising
+    assert (built.remasking, built.threshold) == ("low_confidence", 0.9)
+    margin = build_params(sampling, 16, {"remasking": "margin"}).denoising
+    assert margin.remasking == "margin"
+
+
 def test_without_a_temperature_the_answer_is_greedy(llm: LLM) -> None:
     assert llm.get_default_sampling_params().temperature == 0.0
 
