@@ -116,6 +116,8 @@ class DiffusionModelRunner:
             return EMPTY_MODEL_RUNNER_OUTPUT
         started = time.perf_counter()
         reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
+        # Also after an engine step in which every request failed before its step.
+        clock.collect()
         return DenoisingOutput(
             req_ids=scheduled,
             req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
