@@ -1,4 +1,4 @@
-"""vLLM's CPU attention kernel against the engine's torch backend, and why each sequence has a call of its own.
+"""vLLM's CPU attention kernel against the engine's torch backend, and why each sequence needs a separate call.
 
     python benchmarks/attention.py [--heads 8] [--kv-heads 8] [--head-dim 128] [--threads 1]
 
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-from redvtp.attention.batch import Attention, Segment
-from redvtp.attention.torch_paged import TorchPagedAttention
-from redvtp.kv.blocks import blocks_needed, slots_of
-from redvtp.kv.cache import KVPages, PagedKVCache
-from vllm_redvtp.cpu_attention import CpuPagedAttention
-from vllm_redvtp.packed_cache import PackedKVCache
+from redvtp.attention.interface import LayerAttention, layer_attention
+from redvtp.attention.layout import Layout, Span
+from redvtp.attention.torch_paged import TorchAttention
+from redvtp.kv.blocks import blocks_needed, padded_block_tables, slots_of, slots_of_tables
+from redvtp.kv.pages import KVPages, PagedKVCache
+from vllm_redvtp.attention.cpu_kernel import CpuAttention
+from vllm_redvtp.attention.packed_pages import PackedKVCache
 
 BLOCK_SIZE = 32
 # What it stands for, keys of a request, queries of a request, requests.
@@ -40,7 +41,7 @@ Parts = list[tuple[int, int, Tensor]]
 
 
 class OneCall:
-    """The kernel over a whole batch at once, as vLLM's own models call it."""
+    """The kernel over a whole batch at once, as vLLM's models call it."""
 
     def __init__(self, cache: PackedKVCache, heads: int, parts: Parts, scale: float) -> None:
         self._cache, self._scale = cache, scale
@@ -67,16 +68,22 @@ class OneCall:
         return output
 
 
-def segments_of(parts: Parts, bring_all: bool) -> list[Segment]:
+def layout_of(parts: Parts, bring_all: bool) -> Layout:
     """bring_all: sequences that compute all their tokens read no pages, as in the engine's full steps."""
-    segments: list[Segment] = []
+    spans: list[Span] = []
     row = 0
-    for length, queries, table in parts:
-        slots = slots_of(table, 0, length, BLOCK_SIZE)
-        own = None if bring_all and queries == length else slots
-        segments.append(Segment(row, row + queries, slots[length - queries :], own))
+    for length, queries, _ in parts:
+        spans.append(Span(row, row + queries, length, not (bring_all and queries == length), write_end=length))
         row += queries
-    return segments
+    tables = padded_block_tables([table.tolist() for *_, table in parts], torch.device("cpu"))
+    slots = slots_of_tables(tables, BLOCK_SIZE).unbind(0)
+    written = [own[length - queries : length] for own, (length, queries, _) in zip(slots, parts, strict=True)]
+    return Layout(tuple(spans), tables, slots, BLOCK_SIZE, torch.cat(written))
+
+
+def kernel(pages: PackedKVCache, heads: int, parts: Parts, scale: float) -> LayerAttention:
+    """The backend `cpu`, all its sequences read from pages."""
+    return layer_attention(CpuAttention(pages, heads, scale).prepare(layout_of(parts, False)))
 
 
 def tables_of(sizes: list[tuple[int, int]]) -> Parts:
@@ -121,9 +128,9 @@ def compare_times(args: argparse.Namespace) -> None:
             for cache in (plain, packed):
                 filled(cache, args.kv_heads, args.head_dim, dtype)
             inputs = inputs_of(queries * count, args, dtype)
-            backends: dict[str, Attention] = {
-                "torch": TorchPagedAttention(plain, segments_of(parts, True), scale),
-                "kernel": CpuPagedAttention(packed, args.heads, segments_of(parts, False), scale),
+            backends: dict[str, LayerAttention] = {
+                "torch": layer_attention(TorchAttention(plain, scale).prepare(layout_of(parts, True))),
+                "kernel": kernel(packed, args.heads, parts, scale),
                 "one call": OneCall(packed, args.heads, parts, scale),
             }
             ms = least_ms({name: partial(made, 0, *inputs) for name, made in backends.items()}, args.seconds)
@@ -139,11 +146,9 @@ def compare_neighbours(args: argparse.Namespace) -> None:
     scale, dtype = args.head_dim**-0.5, torch.float32
     packed = PackedKVCache(1, 8 * 100, BLOCK_SIZE, args.kv_heads, args.head_dim, dtype)
     filled(packed, args.kv_heads, args.head_dim, dtype)
-    makers: dict[str, Callable[[Parts], Attention]] = {
+    makers: dict[str, Callable[[Parts], LayerAttention]] = {
         "one call for the batch": lambda parts: OneCall(packed, args.heads, parts, scale),
-        "one call for each sequence": lambda parts: CpuPagedAttention(
-            packed, args.heads, segments_of(parts, False), scale
-        ),
+        "one call for each sequence": lambda parts: kernel(packed, args.heads, parts, scale),
     }
     found = {name: [0, 0, 0.0] for name in makers}
     for _ in range(args.batches):

@@ -3,9 +3,9 @@
     python benchmarks/decode.py [--family lavida] [--policies redvtp late] [--repeats 3] [--json results.json]
 
 Makes a random checkpoint (kept in --workdir) and asks it about one picture, of about 2,000 visual tokens for LLaDA-V
-and 600 for LaViDa: dense, and with every policy at several keep ratios, without a cache and with the family's own (the
-prefix cache of LLaDA-V, LaViDa's prefix-LM). One process, interleaved runs; the fastest of each setting counts, since
-whatever else a machine does can only slow a run down.
+and 600 for LaViDa: dense, and with every policy at several keep ratios, without a cache and with the family's (the
+prefix cache of LLaDA-V, LaViDa's prefix-LM). One process, interleaved runs. The fastest run of each setting counts:
+other work on the machine only slows a run down.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ from PIL import Image
 from random_checkpoint import Shape, make_checkpoint, make_image
 from tqdm import tqdm
 
-from redvtp.evaluation.grid import OWN_BUDGET
+from redvtp.evaluation.grid import has_own_budget
 from redvtp.local import DTYPES, Generation, LocalEngine, Request
 from redvtp.params import CACHES, PRESETS, DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.vision.tiling import image_mode, tile_image
 
 QUESTION = "What is shown in the picture?"
 OWN_CACHES = {"llada-v": ["prefix"], "lavida": ["prefix_lm"]}
@@ -43,8 +42,12 @@ USUAL = Shape("llada-v", 1024, 3072, 4, 16, 256, 3, 384)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One row of the table. policy: `none` is dense, without scoring. keep: percent of the visual tokens; None where
-    the policy has a budget of its own. threshold: of parallel decoding; None is a fixed number of steps."""
+    """One row of the table.
+
+    policy: `none` is dense, without scoring.
+    keep: percent of the visual tokens; None for dense, and for a policy that sets its budget by itself.
+    threshold: of parallel decoding; None is a fixed number of steps.
+    """
 
     cache: str
     policy: str
@@ -69,20 +72,27 @@ class Setting:
 
 @dataclass(slots=True)
 class Measured:
-    """What was seen of one setting."""
+    """The measurements of one setting."""
 
     request: Request
     latencies: list[float]
     generation: Generation | None = None
+    flops: int = 0
     memory: Memory | None = None
     times: StepTimes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One setting's results. keep_ratio: None for dense, and where the policy has a budget of its own. ceiling: FLOPs
-    of dense without cache over FLOPs of this. Bytes are above the weights. agreement: canvas tokens of that dense.
-    tokens_computed: of each step."""
+    """One setting's results.
+
+    keep_ratio: None for dense, and for a policy that sets its budget by itself.
+    ratio: latency of dense without cache over this latency.
+    ceiling: FLOPs of that dense over these.
+    peak_bytes, later_peak_bytes: above the weights.
+    agreement: share of canvas tokens that are that dense's.
+    tokens_computed: of each step.
+    """
 
     cache: str
     policy: str
@@ -173,7 +183,7 @@ def _choices(policies: Sequence[str], keep: Sequence[int]) -> list[tuple[str, in
     choices: dict[tuple[str, int | None], None] = {("none", None): None}
     for policy in policies:
         if policy != "none":
-            choices |= dict.fromkeys((policy, keep) for keep in ([None] if policy in OWN_BUDGET else keeps))
+            choices |= dict.fromkeys((policy, keep) for keep in ([None] if has_own_budget(policy) else keeps))
     return list(choices)
 
 
@@ -184,17 +194,17 @@ def _measure(
     order = list(requests)
     # A step's parts are the same whatever says how many steps there are.
     fixed = [setting for setting in order if setting.threshold is None]
-    # A run takes up to a minute; below the bar of runs, one of steps shows that it moves.
+    # A run takes up to a minute; a second bar counts its steps.
     steps_bar = not options.quiet and sys.stderr.isatty()
     with tqdm(
-        total=(options.repeats + 1) * len(order) + len(fixed) + 1, desc="runs", unit="run", disable=options.quiet
+        total=(options.repeats + 2) * len(order) + len(fixed) + 1, desc="runs", unit="run", disable=options.quiet
     ) as bar:
-        # The first touch of weights, threads and allocator is nobody's latency.
+        # The first touch of weights, threads and allocator counts for no setting.
         with stepping(engine, requests[order[0]]) as start:
             engine.runner.step([start()])
         bar.update()
         for repeat in range(options.repeats):
-            # Whatever drifts on the machine meets every setting, and each in another place of the round.
+            # Each round begins with another setting, so a drift of the machine's speed affects all alike.
             shift = repeat % len(order)
             for setting in order[shift:] + order[:shift]:
                 seconds, measured[setting].generation = timed_run(
@@ -204,6 +214,10 @@ def _measure(
                 bar.update()
         for setting in order:
             measured[setting].memory = measure_memory(engine, requests[setting])
+            bar.update()
+        # After the memory: torch counts attention that it does not fuse, which needs more.
+        for setting in order:
+            measured[setting].flops = request_flops(engine, requests[setting])
             bar.update()
         for setting in fixed:
             measured[setting].times = step_times(engine, requests[setting])
@@ -218,8 +232,7 @@ def _row(engine: LocalEngine, setting: Setting, seen: Measured, dense: Measured)
     assert memory is not None
     latency, first, last = min(seen.latencies), generation.steps[0], generation.steps[-1]
     ratio = min(dense.latencies) / latency
-    flops = _flops(engine, seen)
-    ceiling = _flops(engine, dense) / flops
+    ceiling = dense.flops / seen.flops
     block_bytes = sum(pages[0].nbytes for pages in (*engine.cache.keys, *engine.cache.values))
     admitted = first.kv_blocks + first.blocks_freed
     answer, expected = last.canvas, dense.generation.steps[-1].canvas
@@ -237,7 +250,7 @@ def _row(engine: LocalEngine, setting: Setting, seen: Measured, dense: Measured)
         latencies_s=seen.latencies,
         tokens_per_s=len(answer) / latency,
         ratio=ratio,
-        flops=flops,
+        flops=seen.flops,
         ceiling=ceiling,
         reached=ratio / ceiling,
         # Until the pruning a request holds the blocks it was admitted with.
@@ -248,14 +261,6 @@ def _row(engine: LocalEngine, setting: Setting, seen: Measured, dense: Measured)
         agreement=sum(a == b for a, b in zip(answer, expected, strict=True)) / len(answer),
         tokens_computed=[step.tokens_computed for step in generation.steps],
     )
-
-
-def _flops(engine: LocalEngine, seen: Measured) -> int:
-    assert seen.generation is not None
-    images = seen.request.images
-    mode = image_mode(engine.config, len(images))
-    tiles = sum(int(tile_image(image, engine.config, mode.mode).shape[0]) for image in images)
-    return request_flops(engine.config, seen.generation, engine.special.mask_id, tiles)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -280,7 +285,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="F",
         help="factors of parallel decoding by confidence; fixed steps are always run",
     )
-    work.add_argument("--cache", choices=CACHES, nargs="+", help="none is always run; default: the family's own too")
+    work.add_argument("--cache", choices=CACHES, nargs="+", help="none is always run; default: the family's too")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--repeats", type=int, default=3, help="runs of each setting; the fastest counts")
     machine.add_argument("--device", help="cpu or cuda; without it, cuda where there is one")

@@ -70,15 +70,15 @@ def _step_table(results: dict[str, Any]) -> str:
     """Where a step's time goes, dense and with the last policy at its strongest: steps as columns, parts as rows."""
     seconds = results["step_seconds"]
     last = [row for row in results["rows"] if row["threshold"] is None][-1]
-    most_pruned, own = last["setting"], last["cache"]
+    most_pruned, last_cache = last["setting"], last["cache"]
     columns: dict[str, dict[str, float]] = {}
     for setting in dict.fromkeys(("dense", most_pruned)):
-        for cache, kind in (("none", "full"), *(((own, "response"),) if own != "none" else ())):
+        for cache, kind in (("none", "full"), *(((last_cache, "response"),) if last_cache != "none" else ())):
             times = seconds.get(f"{setting}, cache {cache}")
             if times is None:
                 continue
-            # Where the prompt stays in its pages, the first step moves the survivors: the fullest of first steps.
-            if setting != "dense" and cache == own:
+            # If the prompt stays in its pages, the first step also moves the survivors: it has the most parts.
+            if setting != "dense" and cache == last_cache:
                 columns[f"{setting}, first"] = times["first"]
             columns[f"{setting}, {kind}"] = times["later"]
     parts = list(dict.fromkeys(part for column in columns.values() for part in column))
@@ -101,4 +101,4 @@ def _step_table(results: dict[str, Any]) -> str:
 
 
 def _aligned(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(aligned(columns, lines, NAMES))
+    return aligned(columns, lines, NAMES)

@@ -16,7 +16,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def claimed_png(width: int, height: int) -> bytes:
-    """A few bytes that say they are an RGB image of that size."""
+    """A few bytes whose header claims an RGB image of that size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,31 +1,21 @@
-"""A `vllm serve` under load: the server's process, closed-loop clients, and what /metrics shows meanwhile.
+"""A `vllm serve` under load: closed-loop clients, and what /metrics shows meanwhile.
 
-`serving` starts the server, `alone` asks every question by itself, `under_load` lets a number of clients ask them again
-and again, each with one request at a time. What `serve.py` measures its settings with.
+`alone` asks every question by itself. `under_load` lets several clients ask them again and again, each with one request
+at a time. `serve.py` measures its settings with both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import re
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
+from server import metric_values
 
-HOST = "127.0.0.1"
-START_SECONDS = 900
 ANSWER_SECONDS = 3600
 SAMPLE_SECONDS = 0.1
 GAUGES = {
@@ -37,7 +27,11 @@ GAUGES = {
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """messages: of the chat API. key: which question it is, for comparing answers."""
+    """One question.
+
+    key: names it, for comparing answers.
+    messages: of the chat API.
+    """
 
     key: str
     messages: list[Any]
@@ -45,7 +39,13 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One request. Seconds: when it was sent, since the load began; until its first token; until its last."""
+    """One request.
+
+    key: of its question.
+    sent: seconds since the load began.
+    first_token, latency: seconds from sending until the first and the last token.
+    tokens: ids.
+    """
 
     key: str
     sent: float
@@ -56,53 +56,16 @@ class Answered:
 
 @dataclass(slots=True)
 class Load:
-    """samples: (seconds since the load began, gauge by name), as often as they were read."""
+    """Everything measured under load.
+
+    samples: (seconds since the load began, gauge by name), as often as they were read.
+    counters: how much each grew.
+    """
 
     answers: list[Answered] = field(default_factory=list)
     samples: list[tuple[float, dict[str, float]]] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-
-
-@contextlib.contextmanager
-def serving(model: Path, *flags: str) -> Iterator[str]:
-    """The address of `vllm serve model flags...`, once it is healthy; gone afterwards, with all its processes."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-    # The plugin may be run from a checkout: its entry point is installed, whatever Python path it comes from.
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--plugin", "redvtp"]
-    with tempfile.NamedTemporaryFile(prefix="vllm-serve-", suffix=".log") as log:
-        process = subprocess.Popen(
-            [*command, "--host", HOST, "--port", str(port), *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
-            start_new_session=True,
-        )
-        try:
-            _wait_until_healthy(process, f"http://{HOST}:{port}", Path(log.name))
-            yield f"http://{HOST}:{port}"
-        finally:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                # Engine and workers outlive a server that was killed: the whole group.
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, number)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(20)
-
-
-def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
-                return
-        if process.poll() is not None or time.monotonic() > deadline:
-            end = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-            raise RuntimeError(f"vllm serve did not come up (exit status {process.poll()}):\n{end}")
-        time.sleep(0.5)
 
 
 def alone(
@@ -157,7 +120,7 @@ async def _ask(api: openai.AsyncOpenAI, question: Question, request: dict[str, A
     sent = time.perf_counter()
     first: float | None = None
     tokens: list[int] = []
-    # Options that are a dictionary hide from the type checker which kind of answer comes.
+    # The type checker cannot see in a dictionary which kind of answer comes.
     stream: Any = await api.chat.completions.create(messages=question.messages, stream=True, **request)
     async for chunk in stream:
         new = (chunk.choices[0].model_extra or {}).get("token_ids") if chunk.choices else None
@@ -187,13 +150,8 @@ async def _sampling(http: openai.DefaultAsyncHttpxClient, url: str, load: Load, 
             await task
 
 
-async def _metrics(http: openai.DefaultAsyncHttpxClient, url: str) -> dict[str, float]:
-    """Counters and gauges, summed over their labels."""
-    text = (await http.get(f"{url}/metrics", timeout=60)).text
-    values: dict[str, float] = {}
-    for name, value in re.findall(r"^(vllm:[a-z0-9_]+)(?:\{[^}]*\})? (\S+)$", text, re.MULTILINE):
-        values[name] = values.get(name, 0.0) + float(value)
-    return values
+async def _metrics(http: openai.DefaultAsyncHttpxClient, url: str) -> Mapping[str, float]:
+    return metric_values((await http.get(f"{url}/metrics", timeout=60)).text)
 
 
 def _client_options(url: str) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from meters import PeakMemory, Stopwatch
 
-import redvtp.runner
-from redvtp.attention.torch_paged import TorchPagedAttention
+import redvtp.denoising.commit
+from redvtp.attention.scores import AttentionScores
+from redvtp.attention.torch_paged import TorchPrepared
+from redvtp.denoising.pruner import Pruner
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed
 from redvtp.local import Generation, LocalEngine, Request
-from redvtp.pruning.pruner import Pruner
-from redvtp.pruning.scores import AttentionScores
-from redvtp.sequence import Sequence
 
 WATCHED_STEPS = 5
 
@@ -49,8 +49,11 @@ def stepping(engine: LocalEngine, request: Request) -> Iterator[Callable[[], Seq
 def timed_run(
     engine: LocalEngine, request: Request, progress: bool = False, all_steps: bool = True
 ) -> tuple[float, Generation]:
-    """Seconds from images and text to the answer. progress: with a bar of its steps, which costs next to nothing.
-    all_steps: refuse a time that is shorter because steps were left out."""
+    """Seconds from images and text to the answer.
+
+    progress: show a bar of its steps.
+    all_steps: raise RuntimeError if fewer steps ran than the request asks for.
+    """
     synchronize(engine.device)
     started = time.perf_counter()
     (generation,) = engine.generate([request], progress=progress)
@@ -73,7 +76,7 @@ def touch_cache(engine: LocalEngine) -> None:
 
 
 def measure_memory(engine: LocalEngine, request: Request) -> Memory:
-    """Of a request of which only the first three steps are run."""
+    """Of the first three steps of a request."""
     with stepping(engine, request) as start:
         meter = PeakMemory(engine.device)
         batch: list[Sequence] = []
@@ -87,7 +90,11 @@ def measure_memory(engine: LocalEngine, request: Request) -> Memory:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Seconds by part: of the first step, and of a later one (mean). encode: of tower, projector and merge."""
+    """Seconds.
+
+    encode: of tower, projector and merge.
+    first, later: by part, of the first step and of a later one (mean).
+    """
 
     encode: float
     first: dict[str, float]
@@ -95,7 +102,7 @@ class StepTimes:
 
 
 def step_times(engine: LocalEngine, request: Request) -> StepTimes:
-    """The first steps of a request with a stopwatch in them. Watching costs a little: shares, not the latency."""
+    """The first steps of a request, timed by part. Timing takes time too: read the shares, not the sum."""
     parts: list[dict[str, float]] = []
     with stepping(engine, request) as start:
         began = time.perf_counter()
@@ -120,10 +127,11 @@ def _watched(engine: LocalEngine) -> list[tuple[Any, str, str]]:
     linears = [module for module in language_model.layers.modules() if isinstance(module, torch.nn.Linear)]
     return [
         *((linear, "forward", "linears") for linear in linears),
-        (TorchPagedAttention, "__call__", "attention and page writes"),
+        (TorchPrepared, "write", "attention and page writes"),
+        (TorchPrepared, "attend", "attention and page writes"),
         (AttentionScores, "accumulate", "scoring of visual tokens"),
         (language_model, "forward", "norms, rotary, activations, residuals"),
         (language_model, "logits", "logits"),
-        (redvtp.runner, "propose", "choice of tokens"),
+        (redvtp.denoising.commit, "propose_in_parts", "choice of tokens"),
         (Pruner, "prune", "choice of visual tokens, compaction"),
     ]

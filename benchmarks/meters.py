@@ -1,7 +1,7 @@
 """Peak memory of a piece of work, and where its time goes.
 
 `PeakMemory` asks the operating system (CPU) or torch's allocator (CUDA) for the high-water mark; `Stopwatch` times
-functions by their name and counts each moment once, in the innermost of them.
+functions by their name. It counts each moment once, for the innermost function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 class PeakMemory:
     """Bytes above the level at construction. On the CPU that is resident memory, on CUDA what torch has allocated.
 
-    Raises OSError where Linux does not let a process reset its own high-water mark.
+    Raises OSError if Linux does not let the process reset its high-water mark.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,14 +61,14 @@ def _status(field: str) -> int:
 
 
 def _give_back_freed_pages() -> None:
-    """Memory that was freed but kept by the C library would hide what the next work allocates."""
+    """Memory that the C library keeps after a free would hide what the next work allocates."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 class Stopwatch:
-    """Seconds by label. Functions are timed inside `watching`; what they call under another label is not theirs."""
+    """Seconds by label. Functions are timed inside `watching`, without the time of other labels inside them."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -92,12 +92,12 @@ class Stopwatch:
         """functions: (owner, attribute, label); the owner is a class, a module or an object."""
         with ExitStack() as undo:
             for owner, attribute, label in functions:
-                own = vars(owner).get(attribute)
+                before = vars(owner).get(attribute)
                 setattr(owner, attribute, self._watched(getattr(owner, attribute), label))
-                if own is None:
+                if before is None:
                     undo.callback(delattr, owner, attribute)
                 else:
-                    undo.callback(setattr, owner, attribute, own)
+                    undo.callback(setattr, owner, attribute, before)
             yield
 
     def _watched(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
@@ -109,7 +109,7 @@ class Stopwatch:
         return watched
 
     def _now(self) -> float:
-        # Kernels run behind the host's back; a label must not get the time of the one before.
+        # Kernels run asynchronously; a label must not get the time of the one before.
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()

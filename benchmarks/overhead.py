@@ -1,10 +1,10 @@
-"""What vLLM's scheduling and our adapter cost beside the engine's own step.
+"""What vLLM's scheduling and the plugin add to the engine's step.
 
     python benchmarks/overhead.py [--requests 8] [--cache prefix] [--json results.json]
 
 Serves requests about random pictures with a random checkpoint through `vllm.LLM` in one process, and takes the time of
-every engine step of vLLM and of the denoising step inside it. Processor time of the thread is counted, not time on the
-clock, so that a busy machine does not disturb; torch therefore runs with one thread, and only a CPU can be measured.
+every engine step of vLLM and of the denoising step inside it. It counts processor time of the
+thread, which other work on the machine does not change. So torch runs with one thread, and only a CPU can be measured.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         llm.llm_engine.step()
         whole.append(time.thread_time() - started)
     steps, engine = whole[1 : len(inside)], inside[1:]
-    shares = [(all_ - own) / own for all_, own in zip(steps, engine, strict=True)]
+    shares = [(all_ - inner) / inner for all_, inner in zip(steps, engine, strict=True)]
     return {
         "requests": options.requests,
         "cache": options.cache,

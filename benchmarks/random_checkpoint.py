@@ -1,8 +1,7 @@
 """A random LLaDA-V or LaViDa checkpoint of any size, in the layout of the published one, and a picture to ask it about.
 
-Made once for each size and kept in a work folder. The weights are random but not arbitrary: every linear keeps the
-scale of what goes through it and attention is uneven, so scores differ between visual tokens and answers depend on
-the image.
+Made once for each size and kept in a work folder. Every linear layer keeps the scale of its input and attention is
+uneven, so scores differ between visual tokens and answers depend on the image.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redvtp.models.families import family_of
-from redvtp.models.loading import checkpoint_name, rename
+from redvtp.families.llada_v import LLADA_V
+from redvtp.families.registry import family_of
+from redvtp.families.weights import WeightNames
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "ckpt"
 # The tiny checkpoint whose tokenizer and settings a family takes over.
@@ -40,7 +40,10 @@ MASK_ID = 584
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of the language model and of the tower. tile: the side of the tower's input in pixels."""
+    """Sizes of the language model and of the tower.
+
+    tile: the side of the tower's input in pixels.
+    """
 
     family: str
     hidden: int
@@ -67,9 +70,9 @@ def make_checkpoint(workdir: Path, shape: Shape) -> Path:
     (tower / "config.json").write_text(json.dumps({"vision_config": _tower_config(shape)}))
     config = _config(shape, tower.name)
     (folder / "config.json").write_text(json.dumps(config))
-    layout = family_of(config["architectures"]).layout
+    names = family_of(config).weights
     generator = torch.Generator().manual_seed(0)
-    tensors = {_renamed(tensor_name, layout): tensor for tensor_name, tensor in _tensors(shape, generator)}
+    tensors = {_renamed(tensor_name, names): tensor for tensor_name, tensor in _tensors(shape, generator)}
     save_file(tensors, folder / "model.safetensors")
     (folder / "complete").touch()
     return folder
@@ -96,7 +99,7 @@ def _config(shape: Shape, tower: str) -> dict[str, object]:
         "vocab_size": VOCAB,
         "max_position_embeddings": 16384,
     }
-    keys = family_of(config["architectures"]).keys
+    keys = family_of(config).keys
     vision = {
         "mm_hidden_size": shape.tower_hidden,
         "mm_vision_tower": tower,
@@ -106,10 +109,10 @@ def _config(shape: Shape, tower: str) -> dict[str, object]:
     return config | {keys.get(name, name): size for name, size in sizes.items()} | vision
 
 
-def _renamed(name: str, layout: str) -> str:
-    """A LLaDA-V tensor's name in another layout."""
-    ours = rename(name, "llama")
-    return name if ours is None else checkpoint_name(ours, layout)
+def _renamed(name: str, names: WeightNames) -> str:
+    """A LLaDA-V tensor's name in another family."""
+    ours = LLADA_V.weights.ours(name)
+    return name if ours is None else names.theirs(ours)
 
 
 def _tower_config(shape: Shape) -> dict[str, object]:
@@ -144,7 +147,7 @@ def _tensors(shape: Shape, generator: torch.Generator) -> Iterator[tuple[str, Te
         yield f"{prefix}.mlp.down_proj.weight", matrix(hidden, inner)
     yield "model.norm.weight", torch.ones(hidden)
     head = matrix(VOCAB, hidden, gain=4.0)
-    # Never the winner: a position that proposes the mask stays undecided, and steps would vary with the weights.
+    # Never chosen: a position that proposes the mask stays undecided, and steps would vary with the weights.
     head[MASK_ID] = 0
     yield "lm_head.weight", head
     yield "model.image_newline", torch.randn(hidden, generator=generator)

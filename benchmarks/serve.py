@@ -2,12 +2,12 @@
 
     python benchmarks/serve.py [MODEL] [--pictures FOLDER | --tasks FILE] [--json results.json] [--plot load.png]
 
-Starts one `vllm serve` whose pool holds --hold dense requests, and lets --clients clients ask it at once: first dense,
-then at each keep ratio, every client with one request at a time. Says how many requests were in flight, how long they
-took, how many answers per second came, and whether each is token for token what the same question gets alone. MODEL is
-any checkpoint folder; without it a random one is made. Ratios are those of this run.
+Starts one `vllm serve` whose pool holds --hold dense requests. --clients clients ask it at once, each with one request
+at a time: first dense, then at each keep ratio. Reports requests in flight, latencies and answers per second, and
+whether each answer has the tokens that the same question gets alone. MODEL is any checkpoint folder; without it a
+random one is made.
 
-`vllm bench serve` measures the same latencies, but takes no tokens and no memory: hence clients of our own.
+`vllm bench serve` measures the same latencies, but compares no tokens and reads no memory, so it is not used.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from typing import Any
 
 import numpy as np
 from image_bytes import png
-from load import Load, Question, alone, serving, under_load
+from load import Load, Question, alone, under_load
 from options import model_flags, percent, shape_of, size
 from PIL import Image
 from random_checkpoint import Shape, make_checkpoint, make_image
+from server import started_server
 from tqdm import tqdm
 
 from redvtp.evaluation.table import aligned
 from redvtp.evaluation.tasks import read_tasks
+from redvtp.families.config import load_config
 from redvtp.kv.blocks import blocks_needed
-from redvtp.models.config import load_config
 from redvtp.params import CACHES
-from redvtp.prompt import chat_prompt, load_tokenizer, split_prompt
+from redvtp.prompt import chat_prompt, split_prompt
 from redvtp.vision.images import open_image
-from redvtp.vision.merge import visual_token_count
-from redvtp.vision.tiling import image_mode
 
 QUESTION = "What is shown in the picture?"
 PERCENTILES = (50, 90, 99)
@@ -56,26 +55,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything the report says, as data for --json."""
     model = options.model or make_checkpoint(options.workdir, shape_of(options, "llada-v"))
-    asked = list(_pictures(options))
-    longest = max(_prompt_tokens(model, question, images) for question, images in asked) + options.gen_length
+    pictures = list(_pictures(options))
+    longest = max(_prompt_tokens(model, question, images) for question, images in pictures) + options.gen_length
     pool = options.hold * blocks_needed(longest, options.block_size)
-    questions = [_question(str(index), *pair) for index, pair in enumerate(asked)]
+    questions = [_question(str(index), *pair) for index, pair in enumerate(pictures)]
     flags = [
         *("--dtype", options.dtype, "--block-size", str(options.block_size), "--max-model-len", str(longest)),
         # One block more: vLLM keeps block 0 to itself.
         *("--num-gpu-blocks-override", str(pool + 1)),
-        # Whatever the pool holds may step at once: memory is to be what limits it.
+        # All requests in the pool may step at once, so that memory is the limit.
         *("--max-num-batched-tokens", str(pool * options.block_size), "--max-num-seqs", str(options.clients)),
         *options.server_flags,
     ]
     settings = [100, *sorted(set(options.keep) - {100}, reverse=True)]
-    with serving(model, *flags) as url:
-        rows = [_measure(url, questions, keep, options) for keep in settings]
+    with tempfile.TemporaryDirectory() as folder, started_server(model, Path(folder) / "server.log", flags) as server:
+        rows = [_measure(server.url, questions, keep, options) for keep in settings]
     for row in rows:
         row["goodput_ratio"] = row["goodput"] / rows[0]["goodput"] if rows[0]["goodput"] else None
         row["in_flight_ratio"] = row["in_flight_peak"] / rows[0]["in_flight_peak"]
         admitted, kept = row["kv_blocks_admitted"], row["kv_blocks_kept"]
-        # All but the newest have pruned when it is admitted.
+        # All others have pruned when the newest is admitted.
         row["in_flight_bound"] = min(options.clients, 1 + (pool - admitted) // kept)
     return {
         "model": str(model.name),
@@ -107,11 +106,11 @@ def _pictures(options: argparse.Namespace) -> Sequence[tuple[str, tuple[Image.Im
 
 
 def _prompt_tokens(model: Path, question: str, images: Sequence[Image.Image]) -> int:
-    config, tokenizer = load_config(model), load_tokenizer(model)
-    mode = image_mode(config, len(images))
-    text = chat_prompt(tokenizer, question, len(images), template=config.family.template)
-    pieces = split_prompt(tokenizer, text, len(images))
-    return sum(map(len, pieces)) + sum(visual_token_count(*image.size, config, mode) for image in images)
+    config = load_config(model)
+    tokenizer, template = config.family.load_tokenizer(model), config.family.template
+    text = chat_prompt(tokenizer, question, len(images), template=template)
+    pieces = split_prompt(tokenizer, text, len(images), template)
+    return sum(map(len, pieces)) + sum(config.vision.counts([image.size for image in images]))
 
 
 def _question(key: str, text: str, images: Sequence[Image.Image]) -> Question:
@@ -206,7 +205,7 @@ def report(results: dict[str, Any]) -> str:
         "kept, the most that fits while the newest request has not pruned yet. rows/request: rows through the\n"
         "language model. step, score, compaction s: the worker's time in steps, and in these parts of them."
     )
-    return "\n\n".join((head, "\n".join(aligned(columns, lines, {"setting"})), notes))
+    return "\n\n".join((head, aligned(columns, lines, {"setting"}), notes))
 
 
 def _ranks(percentiles: dict[str, float]) -> str:

@@ -1,13 +1,13 @@
-"""Does a server stay well for a long time? Good, wrong, hostile and abandoned requests at once, and what is left after.
+"""Does a server survive hours of good, wrong, hostile and abandoned requests, and is everything as before afterwards?
 
-    python benchmarks/soak.py                       # starts a server of its own, 10,000 requests
+    python benchmarks/soak.py                       # starts a server, 10,000 requests
     python benchmarks/soak.py --seconds 600 --concurrency 16
     python benchmarks/soak.py --base-url http://127.0.0.1:8000 --server-pid 4711 --log server.log
 
 Some requests are left in the middle, and an operator pauses, resumes and resets caches meanwhile (`--preempt`: with
 requests running). Afterwards everything must be as before: each good request got the tokens it gets alone, each bad one
 a 4xx, all KV blocks are free, the server's processes hold no more memory than after the first requests, and there is no
-traceback in the log. Status 0 if all of it is so, 1 if not, 2 if the server did not come up or last.
+traceback in the log. Status 0 if all of this holds, 1 if not, 2 if the server did not come up or ended early.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from random import Random
 from typing import Any
 
 import httpx
+from server import Server, ServerGone, started_server
 from soak_requests import Sent, good_requests, hostile_request, long_request
-from soak_server import Server, ServerGone, started_server
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -47,7 +47,14 @@ MIB = 1 << 20
 
 @dataclass
 class Findings:
-    """Everything seen. right: what each good request is answered alone. rss: (second, bytes)."""
+    """Everything seen.
+
+    right: the answer of each good request alone.
+    sent, wrong: requests by kind.
+    failures: the first few, in words.
+    rss: (second, bytes).
+    operations: the operator's calls.
+    """
 
     right: dict[str, Any] = field(default_factory=dict)
     sent: Counter[str] = field(default_factory=Counter)
@@ -116,10 +123,8 @@ async def check_hostile(client: httpx.AsyncClient, request: Sent, findings: Find
 
 
 async def leave_early(url: str, request: Sent, random: Random, findings: Findings) -> None:
-    """Sends a long request and hangs up, before or in the middle of the answer.
-
-    On a connection of its own: a pool counts those that were cancelled as still in use.
-    """
+    """Sends a long request and hangs up, before or in the middle of the answer."""
+    # A new connection: a pool counts those that were cancelled as still in use.
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, trust_env=False) as client:
         with contextlib.suppress(TimeoutError, httpx.HTTPError, ValueError):
             await asyncio.wait_for(answer(client, request), random.choice([0.01, 0.1, 0.5, 2]) * random.random())
@@ -128,7 +133,7 @@ async def leave_early(url: str, request: Sent, random: Random, findings: Finding
 
 async def operate(url: str, random: Random, operations: list[str], findings: Findings) -> None:
     """Pauses, resumes and resets for as long as the others send. Ends with a server that is not paused."""
-    # Connections are not shared: whoever resumes must not queue behind those that wait for it.
+    # Separate connections: resuming must not queue behind the requests that wait for it.
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, trust_env=False) as client:
         try:
             while True:
@@ -164,7 +169,7 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
             try:
                 findings.right[request.kind] = await answer(client, request)
             except ValueError as error:
-                raise ServerGone(f"the server does not answer {request.kind!r}: {error}") from error
+                raise ServerGone(f"the server does not answer {request.kind!r}: {error}\n{server.tail()}") from error
         random = Random(options.seed)
         started = time.monotonic()
         numbers = iter(range(options.requests))
@@ -174,14 +179,14 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
             for number in numbers:
                 if options.seconds is not None and time.monotonic() - started > options.seconds:
                     return
-                own = Random(f"{options.seed}/{number}")
-                way = own.choices(list(SHARES), list(SHARES.values()))[0]
+                draw = Random(f"{options.seed}/{number}")
+                way = draw.choices(list(SHARES), list(SHARES.values()))[0]
                 if way == "good":
-                    await check_good(client, own.choice(good), findings)
+                    await check_good(client, draw.choice(good), findings)
                 elif way == "hostile":
-                    await check_hostile(client, hostile_request(model, own), findings)
+                    await check_hostile(client, hostile_request(model, draw), findings)
                 else:
-                    await leave_early(server.url, long_request(model, own), own, findings)
+                    await leave_early(server.url, long_request(model, draw), draw, findings)
                 bar.update()
                 bar.set_postfix(wrong=findings.wrong["all"])
 
@@ -199,7 +204,7 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
             beside.append(asyncio.create_task(operate(server.url, random, operations, findings)))
         sending = asyncio.gather(*(send() for _ in range(options.concurrency)))
         try:
-            # A server that is gone must not be waited for.
+            # Stop waiting if the server is gone.
             ends: list[asyncio.Future[Any]] = [sending, beside[0]]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if beside[0].done():
@@ -219,7 +224,7 @@ async def soak(server: Server, options: argparse.Namespace, findings: Findings) 
 
 
 async def wait_until_idle(server: Server, findings: Findings, seconds: float = 120) -> None:
-    """What was left early ends a moment later."""
+    """Requests that were left early end a moment later."""
     deadline = time.monotonic() + seconds
     while server.busy():
         if time.monotonic() > deadline:
@@ -229,13 +234,13 @@ async def wait_until_idle(server: Server, findings: Findings, seconds: float = 1
 
 
 def check_rest(server: Server, tracebacks: int | None, findings: Findings) -> list[str]:
-    """Blocks, memory and log, as lines of the summary; what is amiss goes to the findings as well."""
+    """Blocks, memory and log, as lines of the summary; failures go to the findings too."""
     usage = server.metric("vllm:kv_cache_usage_perc")
     if usage:
         findings.fail(f"{usage:.2%} of the KV blocks are not back in the pool")
     lines = [f"KV blocks in use: {usage:.2%}"]
     if len(findings.rss) < 8:
-        lines.append("memory: not watched" if not findings.rss else "memory: too short a time to say")
+        lines.append("memory: not watched" if not findings.rss else "memory: the run was too short to judge")
     else:
         # The first fifth is warm-up: allocators grow to what the largest batch needs.
         settled = [rss for _, rss in findings.rss[len(findings.rss) // 5 :]]
@@ -304,15 +309,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.base_url:
             return run(Server(options.base_url.rstrip("/"), options.server_pid, options.log), options)
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            words = [f"--{word}" for word in options.serve]
+        # float32: tokens do not depend on what else is in a batch. vLLM's dev mode has the endpoint that resets caches;
+        # the tracebacks of refused requests that it would log must not hide real ones.
+        flags = ["--dtype", "float32", "--no-log-error-stack", *(f"--{word}" for word in options.serve)]
+        with tempfile.TemporaryDirectory() as folder:
             log = options.log or Path(folder) / "server.log"
-            try:
-                return run(stack.enter_context(started_server(options.model, log, words)), options)
-            except ServerGone:
-                print("\n".join(log.read_text(errors="replace").splitlines()[-40:]), file=sys.stderr)
-                raise
+            with started_server(options.model, log, flags, VLLM_SERVER_DEV_MODE="1") as server:
+                return run(server, options)
     except (ServerGone, httpx.HTTPError) as error:
         print(f"soak: {type(error).__name__}: {error}", file=sys.stderr)
         return 2

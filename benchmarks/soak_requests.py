@@ -1,7 +1,7 @@
 """What a soak sends: good requests with one right answer, and wrong and hostile ones that must be refused.
 
-`good_requests()` are few and fixed, so that each can be asked alone beforehand; `hostile_request(random)` is another
-one each time. Bodies are bytes, since most of the hostile ones are nothing a client library would send.
+`good_requests()` are few and fixed, so that each can be sent alone beforehand. `hostile_request(random)` is a new one
+each time. Bodies are bytes: no client library sends most of the hostile ones.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KNOBS = sorted(
 
 @dataclass(frozen=True)
 class Sent:
-    """kind: what it is called in the table."""
+    """A request. kind: its name in the table."""
 
     kind: str
     path: str
@@ -57,7 +57,7 @@ def _knobs(**knobs: Any) -> dict[str, Any]:
 
 
 def good_requests(model: str) -> list[Sent]:
-    """Each with one right answer: greedy or seeded."""
+    """Greedy or seeded, so each has one right answer."""
     wide, tall, small = (_url(picture(*size, seed)) for seed, size in enumerate([(200, 90), (60, 180), (30, 30)]))
     fill = {"ignore_eos": True}
     chats: dict[str, dict[str, Any]] = {
@@ -88,14 +88,14 @@ def good_requests(model: str) -> list[Sent]:
 
 
 def long_request(model: str, random: Random) -> Sent:
-    """One to leave in the middle of."""
+    """A request for the client to abandon."""
     image = [_url(picture(120, 120, 5))] if random.random() < 0.5 else []
     body = _chat(model, image, "Tell all.", max_tokens=512, ignore_eos=True, **_knobs(block_length=16))
     stream = random.random() < 0.5
     return Sent("left early", CHAT, json.dumps(body | {"stream": stream}).encode(), stream)
 
 
-# JSON that no knob takes, some of it without a spelling in Python.
+# JSON values that every knob refuses; Python cannot express some of them.
 _HOSTILE_VALUES = [
     "NaN",
     "1e999",
@@ -119,7 +119,7 @@ def hostile_request(model: str, random: Random) -> Sent:
 
 
 def _image(make: Callable[[Random], bytes | str]) -> Callable[[str, Random], dict[str, Any]]:
-    """A chat about an image that is none: bytes in a data URL, or a whole URL."""
+    """A chat about bytes or a URL that are no image. make: bytes for a data URL, or a whole URL."""
 
     def chat(model: str, random: Random) -> dict[str, Any]:
         made = make(random)

@@ -6,9 +6,9 @@
     python examples/chat_with_image.py photo.jpg --heatmap pruned.png
 
 RedVTP's knobs travel in `vllm_xargs`, a field of vLLM's API; its report comes back in `kv_transfer_params`. Any other
-OpenAI client works the same way. Which knobs there are and what they may be is the server's to say: what it does not
-know it refuses, with what is allowed. --heatmap draws which patches were pruned; for that it needs this package and the
-checkpoint's config.json, so it runs where the model folder is.
+OpenAI client works the same way. The server checks the knobs, and refuses a wrong one with what is allowed. --heatmap
+draws which patches were pruned; it needs this package and the checkpoint's config.json, so it runs where the model
+folder is.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def knob(text: str) -> tuple[str, Any]:
-    """What is JSON (numbers, lists of them) is sent as that, anything else as text."""
+    """A value that is JSON (a number, a list of numbers) is sent as such, any other as text."""
     name, found, value = text.partition("=")
     if not (name and found):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
@@ -97,7 +97,7 @@ def knob(text: str) -> tuple[str, Any]:
 
 
 def request(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a chat completion; knobs that were not named stay with the server's defaults."""
+    """The fields of a chat completion. Knobs that are not given keep the server's defaults."""
     content: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": data_url(path)}} for path in arguments.image
     ]
@@ -147,9 +147,9 @@ def whole_answer(client: openai.OpenAI, model: str, arguments: argparse.Namespac
 
 
 def draw(target: Path, images: list[Path], model_dir: Path, report: dict[str, Any]) -> None:
-    # Here, not above: without --heatmap this client needs nothing but openai, on whatever machine it runs.
+    # Here, not above: without --heatmap this client needs only openai.
+    from redvtp.families.config import load_config
     from redvtp.heatmap import draw_saved
-    from redvtp.models.config import load_config
     from redvtp.vision.images import open_image
 
     picture = draw_saved([open_image(path) for path in images], load_config(model_dir), report)

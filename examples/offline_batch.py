@@ -2,8 +2,8 @@
 
     python examples/offline_batch.py MODEL FOLDER --prompt "What is it?" --output answers.jsonl --keep-ratio 0.25
 
-Answers are written as they finish. Started again with the same --output, it goes on where it stopped: images that have
-an answer there are skipped, those that failed are tried again. A file that is no image, or an image the model cannot
+Answers are written as they finish. Started again with the same --output, it skips images that have an answer there and
+tries those that failed again. A file that is no image, or an image the model cannot
 take, is reported in its line ({"image": ..., "error": ...}) and does not stop the others.
 """
 
@@ -36,7 +36,7 @@ def main() -> int:
     if not todo:
         return 0
 
-    # Imported late: --help and the checks above should not take the seconds that importing vLLM takes.
+    # Imported late: vLLM takes seconds, which --help and the checks above should not.
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(arguments.model), dtype=arguments.dtype, disable_log_stats=True)

@@ -1,15 +1,14 @@
 """Serves a model with `vllm serve --plugin redvtp`, asks it about pictures over the OpenAI API, and stops it again.
 
-`scripts/demo.sh` makes the environment and runs this. Every question is asked twice, with all visual tokens and with
-the best share of them. The default model is the small one in `examples/tiny_dvlm`, which reads the pictures beside it;
-`--model path/to/LLaDA-V --image photo.jpg --prompt "What is shown?"` asks another one.
+`scripts/demo.sh` makes the environment and runs this. Every question is sent twice, with all visual tokens and with
+the best share of them. The default model is the small one in `examples/tiny_dvlm`; `--model path/to/LLaDA-V --image
+photo.jpg --prompt "What is shown?"` asks another one.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import os
 import signal
 import socket
@@ -23,13 +22,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 from PIL import Image
 
 from redvtp.evaluation.server import data_url
 from redvtp.evaluation.tasks import Task, read_tasks
+from redvtp.families.config import load_config
 from redvtp.heatmap import draw_saved
-from redvtp.models.config import load_config
 from redvtp.vision.images import open_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,11 @@ SHOWN_PIXELS = 640
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """text: the answer. report: RedVTP's, from the response."""
+    """One answer.
+
+    text: without the space at its ends.
+    report: RedVTP's, from the response.
+    """
 
     text: str
     report: dict[str, Any]
@@ -54,13 +58,13 @@ def main() -> int:
         if path is not None and not path.exists():
             sys.exit(f"demo: there is no {path}")
     try:
-        questions = asked_questions(arguments)
+        questions = chosen_questions(arguments)
     except ValueError as error:
         sys.exit(f"demo: {error}")
     arguments.output.mkdir(parents=True, exist_ok=True)
     log = arguments.output / "server.log"
     port = arguments.port or free_port()
-    # A proxy in the environment has no business between two processes of this machine.
+    # Requests between two processes of this machine bypass proxies.
     os.environ["NO_PROXY"] = "127.0.0.1"
     with server(arguments.model, port, log) as process:
         wait_until_healthy(process, port, log, arguments.timeout)
@@ -72,8 +76,8 @@ def main() -> int:
     return 0
 
 
-def asked_questions(arguments: argparse.Namespace) -> Sequence[Task]:
-    """The user's own question, or those that come with the default model."""
+def chosen_questions(arguments: argparse.Namespace) -> Sequence[Task]:
+    """The user's question, or those that come with the default model."""
     if arguments.image is None and arguments.prompt is None and arguments.model == MODEL:
         return read_tasks(QUESTIONS).tasks
     prompt = arguments.prompt or "What is shown?"
@@ -106,7 +110,7 @@ def ask_all(client: openai.OpenAI, questions: Sequence[Task], arguments: argpars
             if report["prunings"]:
                 heatmap = arguments.output / f"{image.stem}-{number}.png"
                 enlarged(draw_saved([open_image(image)], config, report)).save(heatmap)
-                print(f"    what it looked at: {shown(heatmap)}")
+                print(f"    heat map: {shown(heatmap)}")
     print(f"\n{sum(freed) / len(freed):.0%} of the KV blocks went back to vLLM after the first denoising step.")
     if all(task.answers for task in questions):
         print(f"Right answers: {right['dense']} of {len(questions)} dense, {right['pruned']} with {keep:.0%} kept.")
@@ -216,14 +220,9 @@ def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path, t
 
 
 def healthy(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=2, trust_env=False).status_code == 200
+    return False
 
 
 def finish_line() -> None:
@@ -232,7 +231,7 @@ def finish_line() -> None:
 
 
 def shown(path: Path) -> str:
-    """The path as a person in the present folder would type it."""
+    """The path, relative to the present folder if it lies inside."""
     resolved = path.resolve()
     return str(resolved.relative_to(Path.cwd())) if resolved.is_relative_to(Path.cwd()) else str(resolved)
 

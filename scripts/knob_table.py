@@ -3,8 +3,8 @@
     python scripts/knob_table.py            # rewrite the table
     python scripts/knob_table.py --check    # status 1 if it is stale
 
-Defaults are the fields', meanings their docstrings', and what is allowed is the code's own sentence: each knob is
-given a value that no knob takes, and refuses it.
+Defaults come from the fields, meanings from the docstrings. What is allowed comes from the error message: each knob is
+given a value that every knob refuses.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from pathlib import Path
 
 from vllm.sampling_params import SamplingParams
 
+from redvtp.cli.knob_flags import meaning
 from redvtp.params import PRESET_KNOBS, DenoisingParams, PruningParams
-from vllm_redvtp.params import DEFAULT_REPORT, KNOBS, PREFIX, build_params
+from vllm_redvtp.knobs import DEFAULT_REPORT, KNOBS, PREFIX, build_params
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "knobs.md"
 START = "<!-- written by scripts/knob_table.py -->"
 END = "<!-- end of the table -->"
-# vLLM's own names; the knob in `vllm_xargs` is an alternative for one of them.
+# vLLM's names; one of them can be sent in `vllm_xargs` too.
 OWN_FIELDS = {
     "gen_length": "`max_tokens` or `redvtp_gen_length`",
     "temperature": "`temperature`",
@@ -32,7 +33,7 @@ OWN_FIELDS = {
     "stop": "`stop`",
     "ignore_eos": "`ignore_eos`",
 }
-# A dataclass cannot say these: what None stands for, and what belongs to the request and not to the engine.
+# What None stands for, and what the engine's dataclasses do not have.
 UNSET = {
     "block_length": "32, or the canvas if shorter",
     "steps": "half the canvas",
@@ -62,7 +63,7 @@ def table() -> str:
 
 
 def rewritten(document: str) -> str:
-    """The document with the table as it should be. Raises ValueError when the place for it is not marked."""
+    """The document with an up-to-date table. Raises ValueError if the place for it is not marked."""
     before, start, rest = document.partition(START)
     _, end, after = rest.partition(END)
     if not (start and end):
@@ -74,7 +75,7 @@ def _row(params: type, field: str, default: object, knob: str) -> Row:
     name = OWN_FIELDS.get(knob) or f"`{PREFIX}{knob}`"
     assert knob in KNOBS or knob in OWN_FIELDS, knob
     allowed = _refusal(lambda: params(**{field: object()}))
-    return name, UNSET.get(knob) or _default(default), allowed, _meaning(params, field)
+    return name, UNSET.get(knob) or _default(default), allowed, meaning(params, field)
 
 
 def _default(value: object) -> str:
@@ -100,15 +101,6 @@ def _refusal(make: Callable[[], object]) -> str:
 
 def _report() -> object:
     return build_params(SamplingParams(extra_args={f"{PREFIX}report": object()}), 1, {})
-
-
-def _meaning(params: type, field: str) -> str:
-    """The docstring's paragraph about a field: from `name: ` to the next field or the end of the list."""
-    text = params.__doc__ or ""
-    names = "|".join(each.name for each in fields(params))
-    found = re.search(rf"^\s*{field}: (.*?)(?=^\s*(?:{names}): |^\s*$)", text, re.MULTILINE | re.DOTALL)
-    assert found, f"{params.__name__} does not say what {field} is"
-    return " ".join(found[1].split()).rstrip(".")
 
 
 def main() -> int:

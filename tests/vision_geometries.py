@@ -7,18 +7,27 @@ from dataclasses import replace
 from hypothesis import strategies
 
 from golden_data import checkpoint_dir
-from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, TowerConfig, load_config
+from redvtp.families.config import load_config
+from redvtp.vision.geometry import SO400M_PATCH14_384, Mode, Tiling, TowerConfig
+from redvtp.vision.path import TiledVision
 
 
-def with_geometry(tower: TowerConfig, aspect: str, pinpoints: list[tuple[int, int]]) -> DvlmConfig:
-    """A checkpoint whose vision part looks like this; pinpoints in tiles, (width, height)."""
+def tiled_vision(checkpoint: str, overrides: dict[str, str] | None = None) -> TiledVision:
+    """The vision path of a checkpoint that cuts images into tiles."""
+    vision = load_config(checkpoint_dir(checkpoint), overrides).vision
+    assert isinstance(vision, TiledVision)
+    return vision
+
+
+def with_geometry(tower: TowerConfig, limit: int | None, pinpoints: list[tuple[int, int]]) -> Tiling:
+    """ "anyres" tiles of this tower; limit: of tiles; pinpoints in tiles, (width, height)."""
     tile = tower.image_size
-    return replace(
-        load_config(checkpoint_dir("tiny-llada-v")),
-        tower=tower,
-        image_aspect_ratio=aspect,
-        image_grid_pinpoints=tuple((width * tile, height * tile) for width, height in pinpoints),
-    )
+    canvases = tuple((width * tile, height * tile) for width, height in pinpoints)
+    return Tiling(tile, tower.patch_size, "anyres", canvases, limit)
+
+
+def in_mode(tiling: Tiling, mode: Mode, newline: bool = True, pooled: bool = False) -> Tiling:
+    return replace(tiling, mode=mode, newline=newline, pooled=pooled)
 
 
 def tower(image_size: int, patch_size: int) -> TowerConfig:
@@ -26,16 +35,16 @@ def tower(image_size: int, patch_size: int) -> TowerConfig:
 
 
 UP_TO_SIX = [(width, height) for width in range(1, 7) for height in range(1, 7)]
-LLADA_V = with_geometry(SO400M_PATCH14_384, "anyres_max_4", UP_TO_SIX)
+LLADA_V = with_geometry(SO400M_PATCH14_384, 4, UP_TO_SIX)
 GEOMETRIES = {
-    "tiny": load_config(checkpoint_dir("tiny-llada-v")),
-    "tiny-b": load_config(checkpoint_dir("tiny-llada-v-b")),
+    "tiny": tiled_vision("tiny-llada-v").alone.tiling,
+    "tiny-b": tiled_vision("tiny-llada-v-b").alone.tiling,
     "LLaDA-V": LLADA_V,
-    "no limit": with_geometry(tower(74, 14), "anyres", UP_TO_SIX),
-    "limit of one tile": with_geometry(tower(56, 14), "anyres_max_1", UP_TO_SIX),
-    "few pinpoints": with_geometry(tower(60, 14), "anyres_max_9", [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]),
-    "one patch": with_geometry(tower(14, 14), "anyres_max_2", UP_TO_SIX),
-    "one patch, one tile": with_geometry(tower(14, 14), "anyres_max_1", [(6, 1), (1, 6)]),
+    "no limit": with_geometry(tower(74, 14), None, UP_TO_SIX),
+    "limit of one tile": with_geometry(tower(56, 14), 1, UP_TO_SIX),
+    "few pinpoints": with_geometry(tower(60, 14), 9, [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]),
+    "one patch": with_geometry(tower(14, 14), 2, UP_TO_SIX),
+    "one patch, one tile": with_geometry(tower(14, 14), 1, [(6, 1), (1, 6)]),
 }
 
 SIZES = strategies.tuples(strategies.integers(1, 2_000), strategies.integers(1, 2_000)) | strategies.sampled_from(

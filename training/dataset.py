@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from redvtp.prompt import DEFAULT_SYSTEM, EOT, MASK, PLACEHOLDER, chat_prompt, split_prompt
+from redvtp.prompt import EOT, MASK, PLACEHOLDER, chat_prompt, split_prompt
 from training.glyphs import Split
 from training.model import HINTS
 from training.pictures import IGNORE, PATCHES, VisualTokens, by_tile, picture_patches, visual_tokens
@@ -81,7 +81,7 @@ def tower_batch(phase: Phase, seed: tuple[int, ...], split: Split) -> TowerBatch
 @cache
 def prompt_pieces(question: str, system: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids before and after the picture, as the engine splits them."""
-    text = chat_prompt(tokenizer(), question, 1, DEFAULT_SYSTEM if system else None)
+    text = chat_prompt(tokenizer(), question, 1, system=system)
     before, after = split_prompt(tokenizer(), text, 1)
     return tuple(before), tuple(after)
 

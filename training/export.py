@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redvtp.models.loading import checkpoint_name
+from redvtp.families.llada_v import LLADA_V
 from training.model import Shape, TinyDvlm
 from training.vocab import save_tokenizer, special_id
 
-# How `redvtp.models.loading` calls LLaDA-V's tensor names.
-_LAYOUT = "llama"
+# The training's names for the parts of the vision module -> the engine's.
+_VISION = {"vision_tower.": "vision.tower.", "projector.": "vision.projector.", "image_newline": "vision.newline"}
 TOWER_FOLDER = "siglip-tiny-patch16-64"
 _TOWER = "model.vision_tower.vision_tower.vision_model."
 _TRAINING_ONLY = ("attributes.", "hints.", "hint_norm.")
@@ -139,7 +139,7 @@ def preprocessor_config(shape: Shape) -> dict[str, Any]:
 def checkpoint_tensors(model: TinyDvlm) -> dict[str, Tensor]:
     """Every tensor under LLaDA-V's name, float16."""
     tensors = {
-        checkpoint_name(name, _LAYOUT): parameter.detach().to(torch.float16).contiguous()
+        LLADA_V.weights.theirs(engine_name(name)): parameter.detach().to(torch.float16).contiguous()
         for name, parameter in model.named_parameters()
         if not name.startswith(_TRAINING_ONLY)
     }
@@ -148,6 +148,14 @@ def checkpoint_tensors(model: TinyDvlm) -> dict[str, Tensor]:
     tensors[f"{_TOWER}post_layernorm.weight"] = torch.ones(width, dtype=torch.float16)
     tensors[f"{_TOWER}post_layernorm.bias"] = torch.zeros(width, dtype=torch.float16)
     return tensors
+
+
+def engine_name(name: str) -> str:
+    """The engine's name of a parameter of the training model."""
+    for ours, engine in _VISION.items():
+        if name.startswith(ours):
+            return engine + name.removeprefix(ours)
+    return name
 
 
 def export(folder: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
 """The training model: LLaDA-V's arithmetic, batched and padded, with a mask that lets many questions share one picture.
 
-Parameters carry the engine's names (`redvtp.models.llada_v`), so export is a renaming. The auxiliary heads are only
-there in training.
+Parameters of the language model carry the engine's names (`redvtp.models`), so export is a renaming. The auxiliary
+heads are only there in training.
 """
 
 from __future__ import annotations

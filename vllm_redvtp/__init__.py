@@ -7,8 +7,6 @@ of one of the families is served. Other models are served as if the plugin were 
 
 from __future__ import annotations
 
-PLUGIN_NAME = "redvtp"
-
 _registered = False
 
 
@@ -17,8 +15,6 @@ def register() -> None:
     global _registered
     if _registered:
         return
-    from pathlib import Path
-
     from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -26,20 +22,21 @@ def register() -> None:
     from vllm.tokenizers.registry import TokenizerRegistry
     from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
 
-    from redvtp.models.families import FAMILIES
-    from vllm_redvtp.cli import install_plugin_option
-    from vllm_redvtp.config import TOKENIZER_MODE, DvlmModelConfig, LlavaDreamConfig, LlavaLladaConfig
+    from redvtp.families.registry import FAMILIES
+    from vllm_redvtp.engine_config import CONFIG_CLASSES, TOKENIZER_MODE
+    from vllm_redvtp.hook import DvlmModelConfig, refuse_explicit
+    from vllm_redvtp.patches import install_check_of_flags, install_plugin_option
 
-    for config in (LlavaLladaConfig, LlavaDreamConfig):
-        AutoConfig.register(config.model_type, config, exist_ok=True)
-    for architecture, family in FAMILIES.items():
-        ModelRegistry.register_model(architecture, "vllm_redvtp.models:ServedDvlm")
-        MODELS_CONFIG_MAP[architecture] = DvlmModelConfig
-        template = Path(__file__).parent / "templates" / f"{family.template}.jinja"
-        register_chat_template_fallback_path(family.model_type, template)
-    # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer (as vLLM's own "inkling"
-    # mode does).
+    for model_type, config_class in CONFIG_CLASSES.items():
+        AutoConfig.register(model_type, config_class, exist_ok=True)
+    for family in FAMILIES:
+        ModelRegistry.register_model(family.architecture, "vllm_redvtp.served_model:ServedDvlm")
+        MODELS_CONFIG_MAP[family.architecture] = DvlmModelConfig
+        register_chat_template_fallback_path(family.model_type, family.template.path)
+    # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer, as vLLM's "inkling"
+    # mode does.
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")
-    RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.renderer", "DiffusionRenderer")
+    RENDERER_REGISTRY.register(TOKENIZER_MODE, "vllm_redvtp.frontend.renderer", "DiffusionRenderer")
     install_plugin_option()
+    install_check_of_flags(refuse_explicit)
     _registered = True

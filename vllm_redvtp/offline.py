@@ -2,8 +2,8 @@
 
     redvtp generate CHECKPOINT --image photo.jpg --prompt "What is shown?" --engine vllm
 
-Found under the entry point group `redvtp.engines`. It answers with the same trace as the embedded engine, from the full
-report that the scheduler sends back with an answer.
+Found under the entry point group `redvtp.engines`. Its trace is the same as the embedded engine's. It is read from the
+full report that the scheduler sends with an answer.
 """
 
 from __future__ import annotations
@@ -16,28 +16,27 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
-from redvtp.cli import EngineOptions, refusing
-from redvtp.flags import BadInput
+from redvtp.engines import EngineOptions
+from redvtp.errors import BadInput, refusing
+from redvtp.families.config import DvlmConfig, load_config
 from redvtp.local import Request
-from redvtp.models.config import DvlmConfig, load_config
 from redvtp.models.loading import check_weight_files
-from redvtp.prompt import load_tokenizer, special_tokens
 from redvtp.trace import Trace, trace_of_report
 from vllm_redvtp.quiet import environment, logs_on_stderr, start_up_noise
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
 
-# For one request a process of its own for vLLM's engine is not worth its seconds.
+# Saves the seconds that a second process for vLLM's engine would take to start.
 _IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def vllm_engine(options: EngineOptions, request: Request) -> Trace:
     """`vllm.LLM` for one request. Raises BadInput for a request or a checkpoint that it cannot serve."""
     with refusing():
-        # vLLM would refuse these too, seconds later and in other words.
+        # vLLM refuses these too, but seconds later and with other messages.
         config = load_config(options.model)
-        special_tokens(load_tokenizer(options.model), config)
+        config.special_tokens(config.family.load_tokenizer(options.model))
         check_weight_files(options.model)
     if options.progress:
         print("starting vLLM ...", file=sys.stderr, flush=True)
@@ -58,9 +57,9 @@ def _start(options: EngineOptions, config: DvlmConfig) -> LLM:
 
     from vllm_redvtp import register
 
-    # Where VLLM_PLUGINS names other plugins, vLLM would not load this one.
+    # If VLLM_PLUGINS names other plugins, vLLM does not load this one.
     register()
-    # "auto" is the checkpoint's own type to `redvtp`, but bfloat16 to vLLM where that is float32.
+    # "auto" is the checkpoint's type for `redvtp`; vLLM takes bfloat16 instead of float32.
     dtype: Any = config.torch_dtype if options.dtype == "auto" else options.dtype
     return LLM(
         options.model,
@@ -74,7 +73,7 @@ def _start(options: EngineOptions, config: DvlmConfig) -> LLM:
 
 
 def _enqueue(llm: LLM, request: Request) -> None:
-    from vllm_redvtp.params import RequestParams, sampling_params
+    from vllm_redvtp.knobs import RequestParams, sampling_params
 
     prompt: Any = {"prompt": request.prompt}
     if request.images:
@@ -84,7 +83,7 @@ def _enqueue(llm: LLM, request: Request) -> None:
 
 
 def _run(llm: LLM, steps: int, progress: bool) -> RequestOutput:
-    """The one request, to its end. An engine step is a denoising step; an ending by a stop string takes one more."""
+    """Runs the request to its end. Each engine step is a denoising step; a stop string takes one more."""
     from vllm import RequestOutput
 
     with tqdm(total=steps, desc="denoising", unit="step", disable=not progress) as bar:
@@ -105,7 +104,7 @@ def _trace(model: str, request: Request, output: RequestOutput) -> Trace:
         raise RuntimeError(f"vLLM could not answer: {completion.stop_reason or 'no reason given'}")
     report: Mapping[str, Any] = output.kv_transfer_params["redvtp"]
     last = report["trace"][-1]
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_config(model).family.load_tokenizer(model)
     suffix: list[int] = tokenizer.encode(request.denoising.suffix, add_special_tokens=False)
     output_ids = [*last["canvas"][: last["answer_length"]], *suffix]
     return trace_of_report(

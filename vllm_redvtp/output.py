@@ -1,4 +1,4 @@
-"""What our model runner tells our scheduler beside vLLM's own fields. Plain data: it travels between processes."""
+"""What our model runner reports to our scheduler beside vLLM's fields. Plain data: it travels between processes."""
 
 from __future__ import annotations
 

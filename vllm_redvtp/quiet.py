@@ -1,7 +1,7 @@
-"""vLLM inside a command: its settings in the environment for a while, and its chatter out of the command's output.
+"""Context managers that keep vLLM's logs and warnings out of a command's output.
 
-vLLM logs to stdout, and warns through Python, its logger and C++ while it starts. A command whose stdout is the answer,
-and whose refusals are one line, wraps it in these.
+vLLM logs to stdout, and warns through Python, its logger and C++ while it starts. `redvtp generate` prints the answer
+to stdout and refuses in one line, so it runs vLLM inside these.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _QUIET = "ERROR"
 
 @contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """os.environ with `variables` in it; afterwards as it was."""
+    """os.environ with `variables` in it. Restores it afterwards."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -33,10 +33,9 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def logs_on_stderr() -> Iterator[None]:
-    """stdout is stderr meanwhile, for this process's C++ libraries too. vLLM logs errors only, if the user has set no
-    level."""
+    """Sends stdout to stderr, of C++ libraries too. vLLM logs errors only, unless the user has set a level."""
     quiet = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", _LEVEL: os.environ.get(_LEVEL, _QUIET)}
-    # What vLLM says while it is imported comes before it reads its settings.
+    # vLLM logs while it is imported, before it reads its settings.
     logging.getLogger("vllm").setLevel(quiet[_LEVEL].upper())
     with environment(quiet), _descriptors(2, 1), redirect_stdout(sys.stderr):
         yield
@@ -44,9 +43,9 @@ def logs_on_stderr() -> Iterator[None]:
 
 @contextmanager
 def start_up_noise(*expected: type[BaseException]) -> Iterator[None]:
-    """Warnings are dropped, what goes to stdout and stderr is held back; it is shown after an error not `expected`.
+    """Drops warnings and holds back stdout and stderr. Shows them after an error that is not `expected`.
 
-    Within `logs_on_stderr`. Not where the user has asked for logs: then all is wanted, also of a start that crashes.
+    Use it within `logs_on_stderr`. Does nothing if the user has set a log level.
     """
     if os.environ[_LEVEL] != _QUIET:
         yield
@@ -67,7 +66,7 @@ def start_up_noise(*expected: type[BaseException]) -> Iterator[None]:
 
 @contextmanager
 def _descriptors(target: int, *descriptors: int) -> Iterator[None]:
-    """File descriptors of this process lead to another one's file meanwhile."""
+    """Redirects file descriptors of this process to the file of `target`."""
     saved = [os.dup(descriptor) for descriptor in descriptors]
     _flush()
     for descriptor in descriptors:

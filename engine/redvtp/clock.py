@@ -3,7 +3,7 @@
     with clock.measure("score"):
         ...
 
-On CUDA the time is the device's own, between two events on its stream; nothing waits until `settle`, which the runner
+On CUDA the time is the device's own, between two events on its stream; nothing waits until `collect`, which the runner
 calls after a step, when its results have been read anyway.
 """
 
@@ -23,24 +23,29 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = dict.fromkeys(LABELS, 0.0)
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def measure(self, label: str) -> Iterator[None]:
-        """Count the block under `label`. Blocks do not nest."""
-        if self._cuda:
+        """Count the block under `label`, also when it raises. Blocks do not nest."""
+        if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            yield
-            end.record()
-            self._pending.append((label, begin, end))
+            stream = torch.cuda.current_stream(self._device)
+            begin.record(stream)
+            try:
+                yield
+            finally:
+                end.record(stream)
+                self._pending.append((label, begin, end))
         else:
             started = time.perf_counter()
-            yield
-            self.seconds[label] += time.perf_counter() - started
+            try:
+                yield
+            finally:
+                self.seconds[label] += time.perf_counter() - started
 
-    def settle(self) -> None:
+    def collect(self) -> None:
         """Bring `seconds` up to date; waits for what was measured and nothing else."""
         for label, begin, end in self._pending:
             end.synchronize()

@@ -1,9 +1,9 @@
-"""A picture of a pruning: what the model kept looking at, what was dropped, and how each patch scored.
+"""A picture of a pruning: which patches kept their visual token, and how each scored.
 
-Patches that lost their visual token are grey; the rest keep their colours. Over both lies a tint of the scores, from
-blue (looked at least) to red. Where an image has a coarse first tile and a fine grid, the fine token of a patch
-decides; its grey is darker when the coarse token over it is gone too. `redvtp generate --heatmap` draws from a run,
-`redvtp heatmap` (`draw_saved`) from a stored trace or API response.
+Patches that lost their visual token are grey; the others keep their colours. A tint shows the scores, from blue (least
+attention) to red. If an image has a coarse tile and a fine grid, the fine token of a patch decides; its grey is
+darker if the coarse token over it is dropped too. `redvtp generate --heatmap` draws from a run, `redvtp heatmap`
+(`draw_saved`) from a stored trace or API response.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from redvtp.models.config import DvlmConfig
+from redvtp.families.config import DvlmConfig
 from redvtp.trace import survivors
-from redvtp.vision.merge import visual_token_boxes
-from redvtp.vision.tiling import image_mode
+from redvtp.vision.media import Box
 
-Box = tuple[float, float, float, float]
 Floats = NDArray[np.float32]
+Mask = NDArray[np.bool_]
 
-# From least to most looked at: blue, cyan, green, yellow, red.
+# From least to most attention: blue, cyan, green, yellow, red.
 _PALETTE = np.array([[40, 60, 190], [40, 180, 220], [90, 200, 90], [250, 215, 60], [220, 40, 30]], dtype=np.float32)
 _TINT_KEPT = 0.35
 _TINT_PRUNED = 0.12
-# Brightness of a pruned patch that the coarse tile still sees, and of one that nothing sees.
+# Brightness of a pruned patch under a kept token of the coarse tile, and of one under none.
 _GREY_SEEN = 0.75
 _GREY_UNSEEN = 0.45
 _GAP = 8
@@ -38,13 +37,15 @@ _GAP = 8
 def draw(
     images: Sequence[Image.Image], config: DvlmConfig, importance: Sequence[float], kept: Sequence[int]
 ) -> Image.Image:
-    """The images of one request side by side, each in its own size.
+    """The images of one request side by side, each in its size.
 
-    importance: one score for each visual token of the request, images in order. kept: indices of those that stayed.
+    importance: one score for each visual token of the request, images in order.
+    kept: indices of those that stayed.
+
     Raises ValueError when the scores are not those of these images.
     """
-    mode = image_mode(config, len(images))
-    boxes = [visual_token_boxes(*image.size, config, mode) for image in images]
+    treatments = config.vision.of_images([image.size for image in images])
+    boxes = [treatment.boxes(image.size) for treatment, image in zip(treatments, images, strict=True)]
     total = sum(len(part) for part in boxes)
     if total != len(importance):
         raise ValueError(
@@ -53,19 +54,19 @@ def draw(
     scores = _stretch(np.asarray(importance, dtype=np.float32))
     stays = np.zeros(total, dtype=bool)
     stays[list(kept)] = True
-    # In "anyres" the first tokens of an image are its coarse tile.
-    coarse = mode.tile_side(config) ** 2 if mode.mode == "anyres" else 0
     panels = []
     first = 0
-    for image, part in zip(images, boxes, strict=True):
+    for image, treatment, part in zip(images, treatments, boxes, strict=True):
         end = first + len(part)
+        coarse = np.zeros(len(part), dtype=bool)
+        coarse[treatment.coarse(image.size)] = True
         panels.append(_panel(image, part, scores[first:end], stays[first:end], coarse))
         first = end
     return side_by_side(panels)
 
 
 def draw_saved(images: Sequence[Image.Image], config: DvlmConfig, saved: object) -> Image.Image:
-    """The same from a stored trace, or from an API response that was asked for with `"redvtp_report": "full"`.
+    """The same from a stored trace, or from an API response to a request with `"redvtp_report": "full"`.
 
     Raises ValueError when it is neither, or when there is no pruning in it.
     """
@@ -74,7 +75,7 @@ def draw_saved(images: Sequence[Image.Image], config: DvlmConfig, saved: object)
 
 
 def prunings_of(saved: object) -> list[Mapping[str, Any]]:
-    """The prunings of a trace or an API response read from JSON, checked. Raises ValueError saying what is amiss."""
+    """The prunings of a trace or an API response read from JSON, checked. Raises ValueError saying what is wrong."""
     if not isinstance(saved, Mapping):
         raise ValueError("this is neither an API response nor a trace: both are JSON objects")
     transferred = saved.get("kv_transfer_params")
@@ -110,27 +111,30 @@ def _is_pruning(value: object) -> bool:
 
 
 def _stretch(scores: Floats) -> Floats:
-    """Scores [visual] to [0, 1] by rank: attention is spread over orders of magnitude, so values would show little."""
+    """Scores [visual] to [0, 1] by rank: they span orders of magnitude, so their values would show little."""
     if scores.size < 2 or scores.min() == scores.max():
         return np.ones_like(scores)
-    ranks = np.empty_like(scores)
-    ranks[np.argsort(scores, kind="stable")] = np.arange(scores.size, dtype=np.float32)
+    ranks = np.argsort(np.argsort(scores, kind="stable")).astype(np.float32)
     return ranks / np.float32(scores.size - 1)
 
 
-def _panel(
-    image: Image.Image, boxes: Sequence[Box | None], scores: Floats, stays: NDArray[np.bool_], coarse: int
-) -> Image.Image:
-    """One image, drawn over. boxes, scores, stays: its visual tokens; the first `coarse` cover all of it."""
-    shape = (image.height, image.width)
-    seen_coarse = _raster(boxes[:coarse], stays[:coarse].astype(np.float32), shape)
-    seen = _raster(boxes[coarse:], stays[coarse:].astype(np.float32), shape)
-    heat = _raster(boxes[coarse:], scores[coarse:], shape)
-    heat = np.where(np.isnan(heat), _raster(boxes[:coarse], scores[:coarse], shape), heat)
+def _panel(image: Image.Image, boxes: Sequence[Box | None], scores: Floats, stays: Mask, coarse: Mask) -> Image.Image:
+    """One image, drawn over.
+
+    boxes, scores, stays: its visual tokens.
+    coarse: those that show all of it at once.
+    """
+    shape, kept_tokens = (image.height, image.width), stays.astype(np.float32)
+    coarse_boxes = [box if of_all else None for box, of_all in zip(boxes, coarse, strict=True)]
+    fine_boxes = [None if of_all else box for box, of_all in zip(boxes, coarse, strict=True)]
+    seen_coarse = _raster(coarse_boxes, kept_tokens, shape)
+    seen = _raster(fine_boxes, kept_tokens, shape)
+    heat = _raster(fine_boxes, scores, shape)
+    heat = np.where(np.isnan(heat), _raster(coarse_boxes, scores, shape), heat)
 
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     grey = np.repeat(pixels.mean(axis=2, keepdims=True), 3, axis=2)
-    # Pixels that no fine token looks at (the tower drops a margin of each tile) follow the coarse tile.
+    # Pixels without a fine token (the tower drops a margin of each tile) follow the coarse tile.
     kept = np.where(np.isnan(seen), np.nan_to_num(seen_coarse), seen) > 0
     brightness = np.where(np.nan_to_num(seen_coarse) > 0, _GREY_SEEN, _GREY_UNSEEN)[..., None]
     base = np.where(kept[..., None], pixels, grey * brightness)
@@ -166,7 +170,7 @@ def _colour(heat: Floats) -> Floats:
 
 
 def side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
-    """One picture of several, each in its own size."""
+    """One picture of several, each in its size."""
     if len(panels) == 1:
         return panels[0]
     width = sum(panel.width for panel in panels) + _GAP * (len(panels) - 1)

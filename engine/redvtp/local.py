@@ -1,7 +1,7 @@
 """LocalEngine: the embedded way to run a checkpoint, without a server and without vLLM.
 
 A free list of blocks, a first-come-first-served queue, and `DenoisingRunner`. It stays small on purpose: serving is
-vLLM's work.
+vLLM's task.
 
     engine = LocalEngine("path/to/checkpoint")
     prompt = chat_prompt(engine.tokenizer, "What is shown?", num_images=1)
@@ -13,32 +13,29 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from redvtp.denoising.draft import lay_out
+from redvtp.denoising.sequence import Sequence
+from redvtp.denoising.step import DenoisingRunner
+from redvtp.errors import InvalidRequest
+from redvtp.families.config import DvlmConfig, load_config
 from redvtp.kv.blocks import BlockPool, blocks_needed
-from redvtp.kv.cache import PagedKVCache
-from redvtp.models.config import DvlmConfig, load_config
+from redvtp.kv.pages import PagedKVCache
+from redvtp.local_queue import HeldBlocks, Running, Waiting
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
-from redvtp.params import DenoisingParams, PruningParams
-from redvtp.prompt import PromptTokens, build_prompt_tokens, load_tokenizer, special_tokens, split_prompt
-from redvtp.pruning.policy import Policy, policy_for
-from redvtp.reports import StepReport
-from redvtp.runner import DenoisingRunner
-from redvtp.sequence import Sequence
-from redvtp.vision.encoder import DEFAULT_CACHE_BYTES, ImageEncoder, ImageInput, content_digest
-from redvtp.vision.merge import visual_token_count
-from redvtp.vision.tiling import image_mode, tile_image
+from redvtp.models.visual_cache import DEFAULT_CACHE_BYTES, ImageEncoder
+from redvtp.planning import RequestPlan, plan_request
+from redvtp.prompt import PromptTokens, build_prompt_tokens, split_prompt
+from redvtp.request import Generation as Generation
+from redvtp.request import Request as Request
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Without --num-blocks the cache holds max_num_seqs long sequences, but no more than this unless one sequence alone
@@ -46,52 +43,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CACHE_BYTES = 4 << 30
 
 
-@dataclass(frozen=True)
-class Request:
-    """prompt: the full templated text, with an `<image>` mark for each of `images` (PIL, RGB)."""
-
-    prompt: str
-    images: tuple[Image, ...] = ()
-    denoising: DenoisingParams = field(default_factory=DenoisingParams)
-    pruning: PruningParams = field(default_factory=PruningParams)
-
-
-@dataclass
-class Generation:
-    """A finished request. steps and step_ms: one entry for each denoising step; step_ms is shared by the whole
-    batch. seconds: from its admission to its end, with the vision tower and whatever else ran in between."""
-
-    request: Request
-    prompt_tokens: int
-    visual_spans: tuple[tuple[int, int], ...]
-    output_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-    steps: list[StepReport] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def visual_tokens(self) -> int:
-        return sum(end - start for start, end in self.visual_spans)
-
-
-@dataclass
-class _Running:
-    sequence: Sequence
-    generation: Generation
-    blocks: list[int]
-    admitted: float
-
-
 class LocalEngine:
     """One checkpoint, ready to generate.
 
-    model: checkpoint folder. dtype: float32, bfloat16, float16 or auto (the checkpoint's). block_size: tokens in a
-    cache block.
-    num_blocks: cache blocks in all. max_model_len: longest prompt + canvas + suffix. vision_cache_bytes: visual tokens
-    remembered for images that come again, 0 for none. config_overrides: config.json keys to replace, such as
-    {"image_aspect_ratio": "pad"}.
+    model: checkpoint folder.
+    dtype: float32, bfloat16, float16 or auto (the checkpoint's).
+    block_size: tokens in a cache block.
+    num_blocks: cache blocks in all.
+    max_model_len: longest prompt + canvas + suffix.
+    max_num_seqs: most requests in a batch.
+    vision_cache_bytes: visual tokens remembered for images that come again, 0 for none.
+    config_overrides: config.json keys to replace, such as {"image_aspect_ratio": "pad"}.
 
     Raises ValueError for a checkpoint that is incomplete or of another architecture.
     """
@@ -109,23 +71,26 @@ class LocalEngine:
         vision_cache_bytes: int = DEFAULT_CACHE_BYTES,
         config_overrides: Mapping[str, Any] | None = None,
     ) -> None:
+        if max_num_seqs < 1:
+            raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
         self.config: DvlmConfig = load_config(model, config_overrides)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _torch_dtype(self.config.torch_dtype if dtype == "auto" else dtype)
-        self.tokenizer = load_tokenizer(model)
-        self.special = special_tokens(self.tokenizer, self.config)
+        self.tokenizer = self.config.family.load_tokenizer(model)
+        self.special = self.config.special_tokens(self.tokenizer)
         self.model = _load_model(Path(model), self.config, self.dtype, self.device)
         self.images = ImageEncoder(self.model, vision_cache_bytes)
         self.max_model_len = max_model_len or self.config.max_length
         self.max_num_seqs = max_num_seqs
         self.cache = self._make_cache(block_size, num_blocks)
         self.blocks = BlockPool(self.cache.num_blocks)
+        self._held = HeldBlocks(self.blocks)
         self.runner = DenoisingRunner(self.model, self.cache, self.special)
 
     def generate(self, requests: list[Request], progress: bool = False) -> list[Generation]:
         """Answer every request, in order. Raises ValueError before any computing if one of them cannot be served."""
-        waiting = [self._generation(request) for request in requests]
-        steps = sum(request.denoising.resolved_steps for request in requests)
+        waiting = [self._prepare(number, request) for number, request in enumerate(requests)]
+        steps = sum(entry.plan.denoising.resolved_steps for entry in waiting)
         # leave=None: below a caller's own bar it goes when it is done.
         with tqdm(total=steps, desc="denoising", unit="step", disable=not progress, leave=None) as bar:
             for stepped, finished in self._run(iter(waiting)):
@@ -133,151 +98,137 @@ class LocalEngine:
                 for entry in finished:
                     # A stop, or a canvas block that filled early, leaves steps out.
                     bar.update(entry.generation.request.denoising.resolved_steps - len(entry.generation.steps))
-        return [generation for generation, _ in waiting]
+        return [entry.generation for entry in waiting]
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Generation]]:
-        """Answer requests as they come: (number of the request, answer) for each as it ends, whatever its place.
+        """Answer requests as they come: (number of the request, answer) for each as it ends, in any order.
 
         A request is taken only when there is room for it in the batch, so thousands need not be in memory at once.
-        Raises ValueError when the turn of a request comes that cannot be served; `tokenize` tells beforehand.
+        Raises ValueError when the turn of a request comes that cannot be served; `tokenize` finds out beforehand.
         """
-        for _, finished in self._run(map(self._generation, requests)):
+        for _, finished in self._run(self._prepare(number, request) for number, request in enumerate(requests)):
             for entry in finished:
                 yield int(entry.sequence.request_id), entry.generation
 
     def tokenize(self, request: Request) -> PromptTokens:
         """The prompt as tokens. Raises ValueError when it cannot be served: marks, image sizes, pruning, length."""
-        mode = image_mode(self.config, len(request.images))
-        counts = [visual_token_count(*image.size, self.config, mode) for image in request.images]
-        pieces = split_prompt(self.tokenizer, request.prompt, len(request.images))
-        prompt = build_prompt_tokens(pieces, counts, self.special.placeholder_id)
-        if not prompt.ids:
-            raise ValueError("the prompt is empty; give the model at least one token")
-        denoising, _ = self._lay_out(request)
-        extra = denoising.gen_length + len(self._encode(denoising.suffix))
-        if len(prompt.ids) + extra > self.max_model_len:
-            raise ValueError(
-                f"prompt ({len(prompt.ids):,} tokens, {sum(counts):,} of them visual) plus gen_length "
-                f"{denoising.gen_length} exceeds max_model_len {self.max_model_len}; shorten gen_length or use "
-                f"a smaller image"
-            )
-        held = self._kv_tokens(request, prompt)
-        if blocks_needed(held, self.cache.block_size) > self.cache.num_blocks:
-            raise ValueError(
-                f"prompt plus gen_length needs {held:,} tokens of KV cache, which has "
-                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks"
-            )
-        return prompt
+        return self._plan(request)[0]
 
     @torch.inference_mode()
     def sequence(
         self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str = ""
     ) -> Sequence:
         """A sequence ready for its first step; runs the vision tower over images it has not seen."""
-        return self._sequence(request, prompt, block_table, request_id, self.images.encode(self._image_inputs(request)))
+        visual = self.images.encode(self.config.vision.items(request.images))
+        return self._sequence(request_id, prompt, self._plan_of(request, prompt), visual, block_table)
 
-    def _image_inputs(self, request: Request) -> list[ImageInput]:
-        mode = image_mode(self.config, len(request.images))
-        return [
-            ImageInput(content_digest(image), partial(tile_image, image, self.config, mode.mode), image.size, mode)
-            for image in request.images
-        ]
+    def _plan(self, request: Request) -> tuple[PromptTokens, RequestPlan]:
+        counts = self.config.vision.counts([image.size for image in request.images])
+        pieces = split_prompt(self.tokenizer, request.prompt, len(request.images), self.config.family.template)
+        prompt = build_prompt_tokens(pieces, counts, self.special.placeholder_id)
+        if not prompt.ids:
+            raise InvalidRequest("the prompt is empty; give the model at least one token")
+        plan = self._plan_of(request, prompt)
+        if blocks_needed(plan.kv_tokens, self.cache.block_size) > self.cache.num_blocks:
+            raise InvalidRequest(
+                f"prompt plus gen_length needs {plan.kv_tokens:,} tokens of KV cache, which has "
+                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks"
+            )
+        return prompt, plan
+
+    def _plan_of(self, request: Request, prompt: PromptTokens) -> RequestPlan:
+        return plan_request(
+            self.tokenizer,
+            request.denoising,
+            request.pruning,
+            mask_id=self.special.mask_id,
+            num_layers=self.config.num_hidden_layers,
+            prompt_tokens=len(prompt.ids),
+            group_lengths=prompt.images,
+            max_model_len=self.max_model_len,
+        )
+
+    def _prepare(self, number: int, request: Request) -> Waiting:
+        prompt, plan = self._plan(request)
+        request = replace(request, denoising=plan.denoising)
+        return Waiting(number, Generation(request, plan.prompt_tokens, prompt.visual_spans), prompt, plan)
 
     def _sequence(
-        self, request: Request, prompt: PromptTokens, block_table: list[int], request_id: str, visual: list[Tensor]
+        self, request_id: str, prompt: PromptTokens, plan: RequestPlan, visual: list[Tensor], block_table: list[int]
     ) -> Sequence:
-        denoising, draft_ids = self._lay_out(request)
         ids = torch.tensor(prompt.ids, device=self.device)
         sequence = Sequence(
             request_id,
             self.model.embed_prompt(ids, prompt.visual_spans, visual),
             prompt.visual_spans,
-            denoising,
-            self._policy(request, prompt),
+            plan.denoising,
+            plan.policy,
             self.special,
-            self.config.family.shifted_logits,
-            stop_ids=tuple(tuple(self._encode(stop)) for stop in denoising.stop),
-            suffix_ids=tuple(self._encode(denoising.suffix)),
+            self.config.family.sampler.shifted_logits,
+            stop_ids=plan.stop_ids,
+            suffix_ids=plan.suffix_ids,
             block_table=block_table,
-            draft_ids=draft_ids,
+            draft_ids=plan.draft_ids,
         )
         self.runner.prune_before(sequence)
         return sequence
 
-    def _generation(self, request: Request) -> tuple[Generation, PromptTokens]:
-        prompt = self.tokenize(request)
-        request = replace(request, denoising=self._lay_out(request)[0])
-        return Generation(request, len(prompt.ids), prompt.visual_spans), prompt
-
-    def _run(self, requests: Iterator[tuple[Generation, PromptTokens]]) -> Iterator[tuple[int, list[_Running]]]:
+    def _run(self, requests: Iterator[Waiting]) -> Iterator[tuple[int, list[Running]]]:
         """Step until all are answered; after each step, how many sequences it took on and which of them ended."""
-        waiting: deque[tuple[int, tuple[Generation, PromptTokens]]] = deque()
-        running: list[_Running] = []
-        numbered = enumerate(requests)
-        try:
-            while True:
-                waiting.extend(islice(numbered, max(0, self.max_num_seqs - len(running) - len(waiting))))
-                self._admit(waiting, running)
-                if not running:
-                    return
-                self._step(running)
-                finished = [entry for entry in running if entry.sequence.finished]
-                stepped = len(running)
-                for entry in finished:
-                    running.remove(entry)
-                    self._finish(entry)
-                yield stepped, finished
-        finally:
-            for entry in running:
-                self.blocks.free(entry.blocks)
-
-    def _lay_out(self, request: Request) -> tuple[DenoisingParams, tuple[int, ...]]:
-        return lay_out(self.tokenizer, request.denoising, self.special.mask_id)
-
-    def _policy(self, request: Request, prompt: PromptTokens) -> Policy | None:
-        denoising, _ = self._lay_out(request)
-        layers = self.config.num_hidden_layers
-        return policy_for(request.pruning, denoising, layers, len(prompt.ids), prompt.images)
-
-    def _kv_tokens(self, request: Request, prompt: PromptTokens) -> int:
-        """Tokens whose keys and values the cache must hold at first."""
-        denoising, _ = self._lay_out(request)
-        policy = self._policy(request, prompt)
-        dropped = 0 if policy is None else sum(prompt.images) - policy.visual_at_first(prompt.images)
-        return len(prompt.ids) - dropped + denoising.gen_length + len(self._encode(denoising.suffix))
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        return ids
+        waiting: deque[Waiting] = deque()
+        running: list[Running] = []
+        with self._held.of_a_call():
+            try:
+                while True:
+                    waiting.extend(islice(requests, max(0, self.max_num_seqs - len(running) - len(waiting))))
+                    self._admit(waiting, running)
+                    if not running:
+                        break
+                    self._step(running)
+                    finished = [entry for entry in running if entry.sequence.finished]
+                    stepped = len(running)
+                    for entry in finished:
+                        running.remove(entry)
+                        self._finish(entry)
+                    yield stepped, finished
+            finally:
+                for entry in running:
+                    self._held.give_back(entry.blocks)
+            if waiting:
+                needed = blocks_needed(waiting[0].plan.kv_tokens, self.cache.block_size)
+                raise RuntimeError(
+                    f"request {waiting[0].number} needs {needed} KV cache blocks and {self.blocks.num_free} of "
+                    f"{self.cache.num_blocks} are free; finish or close the other streams of this engine first"
+                )
 
     @torch.inference_mode()
-    def _admit(self, waiting: deque[tuple[int, tuple[Generation, PromptTokens]]], running: list[_Running]) -> None:
-        admitted: list[tuple[int, Generation, PromptTokens, list[int]]] = []
-        while waiting and len(running) + len(admitted) < self.max_num_seqs:
-            number, (generation, prompt) = waiting[0]
-            held = self._kv_tokens(generation.request, prompt)
-            blocks = self.blocks.allocate(blocks_needed(held, self.cache.block_size))
+    def _admit(self, waiting: deque[Waiting], running: list[Running]) -> None:
+        """First come, first served, while there are blocks. An error gives all blocks back that were taken here."""
+        taken: list[list[int]] = []
+        for entry in islice(waiting, self.max_num_seqs - len(running)):
+            blocks = self._held.take(blocks_needed(entry.plan.kv_tokens, self.cache.block_size))
             if blocks is None:
                 break
-            waiting.popleft()
-            admitted.append((number, generation, prompt, blocks))
+            taken.append(blocks)
+        admitted = [waiting.popleft() for _ in taken]
         started = time.perf_counter()
         try:
             # The tower takes the images of all of them together.
-            visual = iter(
-                self.images.encode([image for _, entry, *_ in admitted for image in self._image_inputs(entry.request)])
-            )
+            vision = self.config.vision
+            items = [item for entry in admitted for item in vision.items(entry.generation.request.images)]
+            visual = iter(self.images.encode(items))
+            sequences = []
+            for entry, blocks in zip(admitted, taken, strict=True):
+                own = list(islice(visual, len(entry.plan.group_lengths)))
+                sequences.append(self._sequence(str(entry.number), entry.prompt, entry.plan, own, list(blocks)))
         except BaseException:
-            for *_, blocks in admitted:
-                self.blocks.free(blocks)
+            for blocks in taken:
+                self._held.give_back(blocks)
             raise
-        for number, generation, prompt, blocks in admitted:
-            request = generation.request
-            own = list(islice(visual, len(request.images)))
-            sequence = self._sequence(request, prompt, list(blocks), str(number), own)
-            running.append(_Running(sequence, generation, blocks, started))
+        for entry, blocks, sequence in zip(admitted, taken, sequences, strict=True):
+            running.append(Running(sequence, entry.generation, blocks, started))
 
-    def _step(self, running: list[_Running]) -> None:
+    def _step(self, running: list[Running]) -> None:
         started = time.perf_counter()
         reports = self.runner.step([entry.sequence for entry in running])
         elapsed = (time.perf_counter() - started) * 1e3
@@ -285,11 +236,11 @@ class LocalEngine:
             entry.generation.steps.append(report)
             entry.generation.step_ms.append(elapsed)
             kept = len(entry.sequence.block_table)
-            self.blocks.free(entry.blocks[kept:])
+            self._held.give_back(entry.blocks[kept:])
             del entry.blocks[kept:]
 
-    def _finish(self, entry: _Running) -> None:
-        self.blocks.free(entry.blocks)
+    def _finish(self, entry: Running) -> None:
+        self._held.give_back(entry.blocks)
         generation = entry.generation
         generation.output_ids = entry.sequence.output_ids
         generation.text = str(self.tokenizer.decode(generation.output_ids, skip_special_tokens=True))

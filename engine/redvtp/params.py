@@ -10,6 +10,9 @@ import math
 import re
 from dataclasses import dataclass
 
+from redvtp.errors import InvalidRequest
+from redvtp.presets import PRESET_TABLE
+
 CACHES = ("none", "prefix", "dual", "prefix_lm")
 # Those that keep pages from one step of a canvas block to the next, and refresh them.
 BLOCK_CACHES = ("prefix", "dual")
@@ -17,21 +20,8 @@ REMASKINGS = ("low_confidence", "entropy", "margin", "random")
 # Those whose confidence is a number in [0, 1] that says how sure the model is.
 BOUNDED_REMASKINGS = ("low_confidence", "margin")
 SCHEDULES = ("even", "linear", "shift", "cosine", "logit_normal", "dream")
-PRESETS = (
-    "redvtp",
-    "llada-fastv",
-    "fastv",
-    "late",
-    "progressive",
-    "zipvl",
-    "layer-skip",
-    "attention-free",
-    "external",
-    "random",
-    "uniform",
-    "none",
-)
-# Pruning knobs that a preset gives a meaning to, or none.
+PRESETS = (*PRESET_TABLE, "none")
+# Pruning knobs whose meaning depends on the preset.
 PRESET_KNOBS = (
     "score_rows",
     "score_layers",
@@ -48,11 +38,11 @@ SCOPES = ("all", "image")
 # One of these in a draft is one token to fill in.
 MASK_MARK = "<mask>"
 DEFAULT_BLOCK_LENGTH = 32
-# A canvas above this is a typing error, not a wish: one tensor row for each token is laid out at once.
+# A canvas above this is a typing error: one tensor row for each token is laid out at once.
 MAX_GEN_LENGTH = 1 << 16
 # Longer text fits no canvas and no context; tokenising megabytes to find that out would hold up a server.
 MAX_TEXT_LENGTH = 1 << 16
-# Beyond these a schedule is a single jump, and float32 no longer knows the curve.
+# Beyond these a schedule is a single jump, and float32 cannot represent the curve.
 SCHEDULE_SHIFTS = (0.001, 1000)
 # Up to 1 the factor rule has its theory; at this one it asks for nothing within any usual canvas block.
 MAX_THRESHOLD = 1000
@@ -72,7 +62,7 @@ def shown(value: object) -> str:
 def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
     allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be an integer {allowed}, got {shown(value)}")
+        raise InvalidRequest(f"{name} must be an integer {allowed}, got {shown(value)}")
 
 
 def _is_number(value: object) -> bool:
@@ -83,17 +73,17 @@ def _is_number(value: object) -> bool:
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
+        raise InvalidRequest(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}")
 
 
 def _text(name: str, value: str) -> None:
     if len(value) > MAX_TEXT_LENGTH:
-        raise ValueError(f"{name} must have at most {MAX_TEXT_LENGTH:,} characters, got {len(value):,}")
+        raise InvalidRequest(f"{name} must have at most {MAX_TEXT_LENGTH:,} characters, got {len(value):,}")
     try:
         value.encode()
     except UnicodeEncodeError:
         # JSON can spell half a surrogate pair, which no tokenizer and no wire format takes.
-        raise ValueError(f"{name} must be valid Unicode, got {shown(value)}") from None
+        raise InvalidRequest(f"{name} must be valid Unicode, got {shown(value)}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,13 +115,13 @@ class DenoisingParams:
     is then as long as the draft, which gen_length only limits, and the model's end tokens do not end it.
     ignore_eos: the model's end tokens do not end the answer.
     cache: `none` recomputes every token at every step; `prefix` keeps the K/V of the prompt and of finished blocks,
-    `dual` those of later blocks too, so that a step computes its own block only; `prefix_lm` computes the prompt once,
-    without the canvas in its view, and after that only the canvas.
+    `dual` those of later blocks too, so that a step computes one canvas block only; `prefix_lm` computes the prompt
+    once, without the canvas in its view, and after that only the canvas.
     refresh_interval: with `prefix` and `dual`, everything is recomputed at the start of each canvas block and after
     every so many steps within it. None recomputes at the start of blocks, and once visual tokens were dropped only the
     canvas: the prompt's keys and values still know of those.
 
-    Raises ValueError naming the knob, the value and what is allowed.
+    Raises InvalidRequest naming the knob, the value and what is allowed.
     """
 
     gen_length: int = 64
@@ -158,32 +148,36 @@ class DenoisingParams:
         if self.steps is not None:
             _integer("steps", self.steps, 1, self.gen_length)
             if self.steps < self.num_blocks:
-                raise ValueError(
+                raise InvalidRequest(
                     f"steps must be at least the number of canvas blocks ({self.num_blocks} blocks of "
                     f"{self.resolved_block_length} in gen_length {self.gen_length}), got {self.steps}"
                 )
         if not _is_number(self.temperature) or self.temperature < 0:
-            raise ValueError(f"temperature must be a number >= 0, got {shown(self.temperature)}")
+            raise InvalidRequest(f"temperature must be a number >= 0, got {shown(self.temperature)}")
         if self.seed is not None:
             _integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         _one_of("schedule", self.schedule, SCHEDULES)
         low, high = SCHEDULE_SHIFTS
         if not _is_number(self.schedule_shift) or not low <= self.schedule_shift <= high:
-            raise ValueError(f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}")
+            raise InvalidRequest(
+                f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}"
+            )
         _one_of("remasking", self.remasking, REMASKINGS)
         self._check_confidence_rule()
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop must be non-empty strings, got {shown(self.stop)}")
+            raise InvalidRequest(f"stop must be non-empty strings, got {shown(self.stop)}")
         for stop in self.stop:
             _text("stop", stop)
         if not isinstance(self.suffix, str):
-            raise ValueError(f"suffix must be a string, got {shown(self.suffix)}")
+            raise InvalidRequest(f"suffix must be a string, got {shown(self.suffix)}")
         _text("suffix", self.suffix)
         if not isinstance(self.draft, str) or (self.draft and MASK_MARK not in self.draft):
-            raise ValueError(f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}")
+            raise InvalidRequest(
+                f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}"
+            )
         _text("draft", self.draft)
         if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
+            raise InvalidRequest(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
         _one_of("cache", self.cache, CACHES)
         if self.refresh_interval is not None:
             _integer("refresh_interval", self.refresh_interval, 1)
@@ -191,21 +185,21 @@ class DenoisingParams:
     def _check_confidence_rule(self) -> None:
         rule, least = self.threshold, self.min_confidence
         if rule is not None and (not _is_number(rule) or not 0 < rule <= MAX_THRESHOLD):
-            raise ValueError(f"threshold must be a number in (0, {MAX_THRESHOLD}], got {shown(rule)}")
+            raise InvalidRequest(f"threshold must be a number in (0, {MAX_THRESHOLD}], got {shown(rule)}")
         if least is not None and (not _is_number(least) or not 0 <= least <= 1):
-            raise ValueError(f"min_confidence must be a number in [0, 1], got {shown(least)}")
+            raise InvalidRequest(f"min_confidence must be a number in [0, 1], got {shown(least)}")
         if rule is not None and least is not None:
-            raise ValueError(
+            raise InvalidRequest(
                 f"threshold and min_confidence exclude each other, got {rule} and {least}; leave one of them out"
             )
         if self.by_confidence and self.remasking not in BOUNDED_REMASKINGS:
             name = "threshold" if least is None else "min_confidence"
             allowed = " or ".join(BOUNDED_REMASKINGS)
-            raise ValueError(f"{name} needs remasking {allowed} (confidences in [0, 1]), got {self.remasking}")
+            raise InvalidRequest(f"{name} needs remasking {allowed} (confidences in [0, 1]), got {self.remasking}")
 
     @property
     def by_confidence(self) -> bool:
-        """Whether a step commits whatever it is sure enough of, so that nobody knows beforehand how many there are."""
+        """Whether a step commits by confidence, so the number of steps is not known in advance."""
         return self.threshold is not None or self.min_confidence is not None
 
     @property
@@ -226,14 +220,14 @@ class DenoisingParams:
 
 @dataclass(frozen=True, slots=True)
 class PruningParams:
-    """When and how visual tokens are dropped. What None stands for is the preset's (`redvtp.pruning.policy`).
+    """When and how visual tokens are dropped. What None stands for is the preset's (`redvtp.presets`).
 
     preset: `redvtp` prunes once, after the first denoising step, by attention (arXiv 2511.12428, section 3);
     `llada-fastv` (arXiv 2601.20168) and `fastv` (arXiv 2403.06764) inside that step, half way down or behind the second
     layer; `late` after half of the steps, or where confidence decides with half of the canvas decided, `progressive` in
     several prunings, `zipvl` (arXiv 2410.08584) as much as the attention allows; `layer-skip` (arXiv 2511.15098) drops
     nothing but spares the deeper layers the visual tokens;
-    `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's own
+    `attention-free` and `external` prune before the first forward, by the visual features alone or by the request's
     `importance`; `random` and `uniform` (evenly spaced) prune after the first step without looking, to compare with;
     `none` keeps every visual token.
     keep_ratio: share of the request's visual tokens kept, in (0, 1]; at least one stays. 1 keeps everything, whatever
@@ -251,7 +245,7 @@ class PruningParams:
     prune_scope: the best of `all` images together, or of each `image` by itself.
     importance: one number for each visual token of the request, for `external`.
 
-    Raises ValueError naming the knob, the value and what is allowed.
+    Raises InvalidRequest naming the knob, the value and what is allowed.
     """
 
     preset: str = "redvtp"
@@ -275,13 +269,13 @@ class PruningParams:
         if self.score_rows is not None:
             _one_of("score_rows", self.score_rows, SCORE_ROWS)
         if self.score_layers is not None and not _LAYERS.fullmatch(str(self.score_layers)):
-            raise ValueError(f"score_layers must be a layer N or a range A:B, got {shown(self.score_layers)}")
+            raise InvalidRequest(f"score_layers must be a layer N or a range A:B, got {shown(self.score_layers)}")
         if self.attention_mass is not None:
             _share("attention_mass", self.attention_mass)
         _share("min_keep_ratio", self.min_keep_ratio)
         _share("max_keep_ratio", self.max_keep_ratio)
         if self.min_keep_ratio > self.max_keep_ratio:
-            raise ValueError(
+            raise InvalidRequest(
                 f"min_keep_ratio must be at most max_keep_ratio ({self.max_keep_ratio}), got {self.min_keep_ratio}"
             )
         if self.prune_step is not None:
@@ -292,7 +286,7 @@ class PruningParams:
             _integer("prune_layer", self.prune_layer, 0)
         _one_of("prune_scope", self.prune_scope, SCOPES)
         if not isinstance(self.importance, tuple) or not all(map(_fits_float32, self.importance)):
-            raise ValueError(f"importance must be finite numbers, got {shown(self.importance)}")
+            raise InvalidRequest(f"importance must be finite numbers, got {shown(self.importance)}")
 
 
 def _fits_float32(value: object) -> bool:
@@ -301,4 +295,4 @@ def _fits_float32(value: object) -> bool:
 
 def _share(name: str, value: object) -> None:
     if not _is_number(value) or not 0 < value <= 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number in (0, 1], got {shown(value)}")
+        raise InvalidRequest(f"{name} must be a number in (0, 1], got {shown(value)}")

@@ -1,4 +1,4 @@
-"""What a step says it did to a sequence: plain numbers, for drivers, metrics, traces and those who ask for a report."""
+"""What a step did to a sequence: plain numbers, for drivers, metrics, traces and reports to clients."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class PruningReport:
-    """One pruning. step: after which, or inside which where there is a layer; -1 is before the first. importance: one
-    number for each visual token before it; kept: ascending indices into those."""
+    """One pruning.
+
+    step: the step after which it happened, or inside which where there is a layer; -1 is before the first step.
+    layer: the layer behind which tokens were dropped inside the step.
+    visual_before, visual_after: visual tokens before and after it.
+    importance: one number for each visual token before it.
+    kept: ascending indices into those.
+    """
 
     step: int
     layer: int | None
@@ -22,12 +28,22 @@ class PruningReport:
 class StepReport:
     """What one denoising step did to one sequence. Plain numbers, so that it travels between processes.
 
-    new_tokens: growth of the resolved prefix, a stop sequence included. canvas: ids after the step. answer_length: the
-    canvas tokens before the first stop sequence so far, all of them without one. prompt_length: kept prompt tokens
-    after the step. kv_tokens, kv_blocks: held after the step. tokens_computed: rows through the language model; one
-    that left half way counts for the layers it went through, the sum is rounded up. canvas_computed: canvas positions
-    among those of the step itself. next_tokens: rows that will enter
-    the next step, it computes no more; resume_tokens: the same if the sequence is suspended before it.
+    step: its number, from 0.
+    canvas_block: the canvas block it worked on.
+    kind: `full` or `response`.
+    tokens_computed: rows through the language model; a row that left half way counts for the layers it went through,
+        and the sum is rounded up.
+    canvas_computed: canvas positions among those of the step itself.
+    kv_tokens, kv_blocks: held after the step.
+    blocks_freed: KV blocks given back by a pruning in it.
+    new_tokens: growth of the resolved prefix, a stop sequence included.
+    canvas: ids after the step; empty unless the sequence reports its canvas.
+    answer_length: canvas tokens before the first stop sequence so far; all of them without one.
+    prompt_length: prompt tokens that are kept after the step.
+    finished, finish_reason: whether the canvas is complete, and `stop` or `length`.
+    next_tokens: rows that will enter the next step; it computes no more.
+    resume_tokens: the same if the sequence is suspended before it.
+    pruning: what was dropped.
     """
 
     request_id: str

@@ -1,7 +1,8 @@
-"""What happened to one request, step by step, in the stable format of `redvtp generate --trace`.
+"""One request step by step, in the format of `redvtp generate --trace`.
 
-`trace_of_generation` reads a `Generation` of the embedded engine, `trace_of_report` the full report that the server
-sends back with an answer. Both give one plain dictionary, ready for JSON, whatever ran the request.
+The format is a stable interface: fields may be added, none is removed. `trace_of_generation` reads a `Generation` of
+the embedded engine, `trace_of_report` the full report that the server sends with an answer. Both give the same plain
+dictionary, ready for JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from redvtp.local import Generation
 
 
 class TraceStep(TypedDict):
-    """One denoising step. kv_tokens, kv_blocks: held after it. canvas: ids, the mask id where nothing is decided."""
+    """One denoising step.
+
+    tokens_computed: rows through the language model.
+    kv_tokens, kv_blocks: held after it.
+    canvas: ids after it, the mask id where nothing is decided.
+    """
 
     step: int
     canvas_block: int
@@ -30,7 +36,12 @@ class TraceStep(TypedDict):
 
 
 class TracePruning(TypedDict):
-    """One pruning. importance: a number for each visual token before it; kept: ascending indices into those."""
+    """One pruning.
+
+    step: after which, or inside which if there is a layer; -1 is before the first.
+    importance: one number for each visual token before it.
+    kept: ascending indices into those.
+    """
 
     step: int
     layer: int | None
@@ -40,7 +51,10 @@ class TracePruning(TypedDict):
 
 
 class Trace(TypedDict):
-    """The whole file. visual_spans: half-open ranges of prompt tokens, one for each image, before any pruning."""
+    """The whole file.
+
+    visual_spans: half-open ranges of prompt tokens, one for each image, before any pruning.
+    """
 
     model: str
     prompt_tokens: int
@@ -76,7 +90,7 @@ def trace_of_report(
     text: str,
     finish_reason: str,
 ) -> Trace:
-    """The trace of a request whose steps came as dictionaries: the fields of `StepReport`, and `ms`."""
+    """The trace of a request. steps: dictionaries of the fields of `StepReport`, and `ms`."""
     prunings = [step["pruning"] for step in steps if step["pruning"] is not None]
     return Trace(
         model=model,
@@ -94,7 +108,7 @@ def trace_of_report(
 def survivors(prunings: Sequence[Mapping[str, Any]]) -> list[int]:
     """Visual tokens left after all prunings, as indices into the visual tokens of the prompt.
 
-    Raises ValueError when there is no pruning: then everything survives, and how much that is is not in the prunings.
+    Raises ValueError if there is no pruning: the number of visual tokens is then unknown.
     """
     if not prunings:
         raise ValueError("nothing was pruned")

@@ -1,4 +1,4 @@
-"""benchmarks/decode.py: a run at a tiny size, and its FLOP counts against torch's own counter."""
+"""benchmarks/decode.py: a run at a tiny size, and torch's FLOP counts against what the steps report."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.flops import request_flops
+from benchmarks.reported_flops import reported_flops
 from golden_data import Case
 from redvtp.local import LocalEngine, Request
 from redvtp.params import PRESETS, DenoisingParams, PruningParams
-from redvtp.vision.tiling import tile_image
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = [
@@ -188,36 +187,29 @@ def test_counted_flops_are_those_torch_sees(
     cache: str,
     refresh_interval: int,
     pruning: PruningParams,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     denoising = DenoisingParams(
         gen_length=24, block_length=8, steps=12, ignore_eos=True, cache=cache, refresh_interval=refresh_interval
     )
-    counted, seen = _flops(Case(checkpoint, name), denoising, pruning, monkeypatch)
+    counted, seen = _flops(Case(checkpoint, name), denoising, pruning)
     assert counted == seen
 
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "prefix_lm"])
 @pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset != "external"])
-def test_flops_of_every_policy_are_counted(preset: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_of_every_policy_are_counted(preset: str, cache: str) -> None:
     denoising = DenoisingParams(gen_length=24, block_length=8, steps=12, ignore_eos=True, cache=cache)
-    counted, seen = _flops(Case("tiny-lavida", "wide"), denoising, PruningParams(preset, 0.3), monkeypatch)
+    counted, seen = _flops(Case("tiny-lavida", "wide"), denoising, PruningParams(preset, 0.3))
     # Rows that leave half way are reported rounded up, and choosing by features is not counted.
     assert counted == pytest.approx(seen, rel=0.01 if preset == "attention-free" else 0.005)
 
 
-def _flops(
-    case: Case, denoising: DenoisingParams, pruning: PruningParams, monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, int]:
+def _flops(case: Case, denoising: DenoisingParams, pruning: PruningParams) -> tuple[int, int]:
     """A request's, counted from its reports and seen by torch."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from flops import request_flops
-
     engine = LocalEngine(case.model_dir, dtype="float32", device="cpu")
     request = Request(case.prompt, tuple(case.images()), denoising, pruning)
-    # torch's counter does not know the CPU's fused attention; the plain one is made of products it counts.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        (generation,) = engine.generate([request])
+    seen = request_flops(engine, request)
+    (generation,) = engine.generate([request])
     assert len(generation.steps) == denoising.steps
-    tiles = sum(tile_image(image, engine.config, "anyres").shape[0] for image in request.images)
-    return request_flops(engine.config, generation, engine.special.mask_id, tiles), counter.get_total_flops()
+    tiles = sum(item.inputs().shape[0] for item in engine.config.vision.items(request.images))
+    return reported_flops(engine.config, generation, engine.special.mask_id, tiles), seen

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from golden_data import Case, Run, checkpoint_dir, runs
-from redvtp.cli import main
-from redvtp.flags import BadInput
+from redvtp.cli.main import main
+from redvtp.errors import BadInput
 from redvtp.params import CACHES, DenoisingParams, PruningParams
 from redvtp.prompt import load_tokenizer
 from redvtp.trace import Trace
-from vllm_redvtp.params import RequestParams, build_params, sampling_params
+from vllm_redvtp.knobs import RequestParams, build_params, sampling_params
 from vllm_redvtp.quiet import logs_on_stderr, start_up_noise
 
 MODEL = checkpoint_dir("tiny-llada-v")
@@ -155,7 +155,7 @@ def vllm_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
         "generate", MODEL, "--image", *WIDE.image_files, "--prompt", WIDE.question, "--gen-length", "16", "--engine",
         "vllm", "--json", "--trace", folder / "trace.json", "--heatmap", folder / "kept.png",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "redvtp.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "redvtp.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False), folder
 
 

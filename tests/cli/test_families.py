@@ -11,8 +11,8 @@ import pytest
 import golden_data
 from golden_data import Run
 from golden_runs import knobs
-from redvtp.cli import main
-from redvtp.denoising.draft import draft_tokens
+from redvtp.canvas.draft import draft_tokens
+from redvtp.cli.main import main
 from redvtp.prompt import load_tokenizer
 
 NAMES = {

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.image_bytes import claimed_png
 from golden_data import Case, checkpoint_dir, runs
-from redvtp.cli import main
+from redvtp.cli.main import main
 
 MODEL = checkpoint_dir("tiny-llada-v")
 WIDE = Case("tiny-llada-v", "wide")
@@ -26,7 +26,7 @@ FLAGS = ["--gen-length", "32", "--block-length", "32", "--steps", "16", "--keep-
 def _command(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user runs it."""
     script = Path(sys.executable).with_name("redvtp")
-    start = [str(script)] if script.exists() else [sys.executable, "-m", "redvtp.cli"]
+    start = [str(script)] if script.exists() else [sys.executable, "-m", "redvtp.cli.main"]
     return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=600, check=False)
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from golden_data import Case, checkpoint_dir
-from redvtp.cli import main
+from redvtp.cli.main import main
 
 MODEL = checkpoint_dir("tiny-llada-v")
 WIDE = Case("tiny-llada-v", "wide")

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from redvtp.denoising.remasking import Choice, propose, select
+from redvtp.canvas.proposals import Choice, propose, select
+from redvtp.denoising.commit import candidate_logits
+from redvtp.denoising.sequence import Sequence
+from redvtp.kv.rotary import apply_rotary
 from redvtp.local import LocalEngine
-from redvtp.models.rotary import apply_rotary
-from redvtp.sequence import Sequence
 
 
 @dataclass
@@ -37,9 +38,9 @@ class SlowDecoder:
         config = self.local.config
         self.model = self.local.model.language_model
         self.canvas, self.denoising = self.sequence.canvas.copy(), self.sequence.denoising
-        self.embeds = self.sequence.prompt_embeds.clone()
+        self.embeds = self.sequence.prompt.embeds.clone()
         self.visual = torch.zeros(self.embeds.shape[0], dtype=torch.bool)
-        self.visual[self.sequence.visual_rows] = True
+        self.visual[self.sequence.prompt.visual_rows] = True
         self.places = torch.arange(self.embeds.shape[0] + self.canvas.gen_length)
         empty = torch.zeros(self.places.numel(), config.num_key_value_heads, config.head_dim)
         self.keys = [empty.clone() for _ in range(config.num_hidden_layers)]
@@ -67,7 +68,7 @@ class SlowDecoder:
                 if shifted:
                     canvas.decide(0, int(self.logits(hidden[-1:])[:, : self.local.special.vocab].argmax()))
         elif self.denoising.cache in ("prefix", "dual"):
-            dropped = self.embeds.shape[0] < self.sequence.prompt_embeds.shape[0]
+            dropped = self.embeds.shape[0] < self.sequence.prompt.embeds.shape[0]
             if self.just_dropped or (dropped and not canvas.step_in_block):
                 # The canvas alone, for its pages are not what they should be.
                 start, first = canvas.block_start, prompt - int(shifted)
@@ -152,4 +153,4 @@ class SlowDecoder:
         return survives.cumsum(0) - 1 if self.positions == "compact" else self.places
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.local.runner._logits(hidden)
+        return candidate_logits(self.local.runner.context, hidden)

@@ -12,13 +12,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import golden_data
-from redvtp.denoising.acceptance import acceptance_of, accepted, confidence_rule, factor_rule
-from redvtp.denoising.canvas import Canvas
+from one_step import encode_prompt, forward
+from redvtp.canvas.acceptance import acceptance_of, accepted, confidence_rule, factor_rule
+from redvtp.canvas.canvas import Canvas
+from redvtp.denoising.commit import candidate_logits, logit_rows
+from redvtp.denoising.sequence import Sequence
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.reports import StepReport
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 
@@ -165,19 +167,18 @@ def _asking(mode: str, rule: str) -> DenoisingParams:
 @torch.inference_mode()
 def _expected_canvas(local: LocalEngine, sequence: Sequence, denoising: DenoisingParams) -> list[int]:
     """The canvas after the next step, worked out token by token from the logits of its forward."""
-    if sequence.encodes_prompt_next():
-        local.runner.encode_prompts([sequence])
-    canvas, packed = sequence.canvas, local.runner.forward([sequence])
-    rows = canvas.masked_rows(packed.plans[0].start)
+    encode_prompt(local, sequence)
+    canvas, (step, output) = sequence.canvas, forward(local, sequence)
+    rows = canvas.masked_rows(step.plan.first_candidate)
     ranked = []
-    logits = local.runner._logits(packed.hidden[packed.logit_rows(0, sequence, rows)])
+    logits = candidate_logits(local.runner.context, output.hidden[logit_rows(step, output.spans[0], rows)])
     for row, line in zip(rows.tolist(), logits.double(), strict=True):
         shares = line.softmax(-1)
         best = shares.topk(2).values.tolist()
         sure = best[0] - best[1] if denoising.remasking == "margin" else best[0]
         ranked.append((sure, row, int(line[: local.special.vocab].argmax())))
     ranked.sort(reverse=True)
-    undecided = sum(token == canvas.mask_id for token in canvas.tokens[packed.plans[0].start :].tolist())
+    undecided = sum(token == canvas.mask_id for token in canvas.tokens[step.plan.first_candidate :].tolist())
     sures = [sure for sure, _, _ in ranked]
     if denoising.threshold is not None:
         # A single undecided position elsewhere never goes with them, see above.

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import golden_data
-from redvtp.denoising.canvas import Canvas
-from redvtp.denoising.schedule import curve_counts, dream_counts, even_counts, schedule_of, transfer_table
+from redvtp.canvas.canvas import Canvas
+from redvtp.canvas.schedule import curve_counts, dream_counts, even_counts, schedule_of, transfer_table
 from redvtp.params import SCHEDULE_SHIFTS, SCHEDULES
 
 MASK = 99

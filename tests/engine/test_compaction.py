@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redvtp.kv.blocks import BlockPool, blocks_needed, slots_of, slots_of_all
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.blocks import BlockPool, blocks_needed, padded_block_tables, slots_of, slots_of_tables
 from redvtp.kv.compaction import compact, plan_compaction
-from redvtp.models.rotary import Rotary
+from redvtp.kv.pages import PagedKVCache
+from redvtp.kv.rotary import Rotary
 
 HEADS, HEAD_DIM, LAYERS = 2, 8, 2
 
@@ -83,6 +83,6 @@ def test_blocks_needed(tokens: int, blocks: int) -> None:
 
 def test_slots_of_a_batch_are_the_slots_of_each() -> None:
     tables, lengths = [[4, 1, 7], [3], [], [0, 9]], [11, 2, 0, 8]
-    together = slots_of_all(tables, lengths, 4, torch.device("cpu"))
+    together = slots_of_tables(padded_block_tables(tables, torch.device("cpu")), 4)
     for table, length, slots in zip(tables, lengths, together, strict=True):
-        assert slots.tolist() == slots_of(torch.tensor(table, dtype=torch.int64), 0, length, 4).tolist()
+        assert slots[:length].tolist() == slots_of(torch.tensor(table, dtype=torch.int64), 0, length, 4).tolist()

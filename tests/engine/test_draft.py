@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import golden_data
-from redvtp.denoising.canvas import Canvas
-from redvtp.denoising.draft import draft_tokens
+from redvtp.canvas.canvas import Canvas
+from redvtp.canvas.draft import draft_tokens
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt, load_tokenizer

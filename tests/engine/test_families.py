@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import golden_data
+from one_step import forward
+from redvtp.denoising.commit import logit_rows
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
@@ -86,9 +88,9 @@ def test_a_response_step_on_an_unchanged_canvas_sees_what_the_full_step_saw(
     rows = 8 * block + torch.arange(8)
     logits = []
     for kind in ("full", "response"):
-        packed = local.runner.forward([sequence])
-        assert packed.plans[0].kind == kind
-        hidden = packed.hidden[packed.logit_rows(0, sequence, rows)]
+        step, output = forward(local, sequence)
+        assert step.plan.kind == kind
+        hidden = output.hidden[logit_rows(step, output.spans[0], rows)]
         logits.append(local.model.language_model.logits(hidden, local.special.vocab))
         sequence.canvas.commit(torch.tensor([], dtype=torch.int64), torch.tensor([], dtype=torch.int64))
     torch.testing.assert_close(logits[1], logits[0], atol=2e-4, rtol=0)

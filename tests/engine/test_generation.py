@@ -89,11 +89,11 @@ def test_pages_after_a_pruning_are_what_a_fresh_cache_would_hold(engine: EngineF
     model = local.model.language_model
     layer = model.layers[0]
     with torch.inference_mode():
-        normed = layer.input_layernorm(sequence.prompt_embeds)
+        normed = layer.input_layernorm(sequence.prompt.embeds)
         keys = layer.self_attn.k_proj(normed).view(normed.shape[0], -1, local.config.head_dim)
-        expected = model.rotary.rotate(keys, torch.arange(sequence.prompt_length))
+        expected = model.rotary.rotate(keys, torch.arange(sequence.prompt.length))
     table = torch.tensor(sequence.block_table)
-    rows = torch.arange(sequence.prompt_length)
+    rows = torch.arange(sequence.prompt.length)
     size = local.cache.block_size
     stored, _ = local.cache.read(0, table[rows // size] * size + rows % size)
     torch.testing.assert_close(stored, expected, atol=2e-5, rtol=1e-5)

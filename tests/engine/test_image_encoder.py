@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import pytest
 import torch
@@ -13,23 +12,25 @@ from PIL import Image
 
 import golden_data
 from redvtp.local import LocalEngine, Request
-from redvtp.models.dvlm import TILES_AT_ONCE
+from redvtp.models.visual_cache import ImageEncoder
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.vision.encoder import ImageEncoder, ImageInput, content_digest
-from redvtp.vision.tiling import ImageMode, image_mode, tile_image
+from redvtp.vision.encoder import TILES_AT_ONCE, TiledEncoder
+from redvtp.vision.media import MediaItem, Treatment, content_digest
+from vision_geometries import tiled_vision
 
 EngineFactory = Callable[..., LocalEngine]
 CHECKPOINT = "tiny-llada-v"
-ANYRES = ImageMode("anyres", newline=True)
-PAD = ImageMode("pad", newline=False)
+ANYRES = tiled_vision(CHECKPOINT).alone
+PAD = tiled_vision(CHECKPOINT).several
 
 
 @contextmanager
 def _tower_calls(local: LocalEngine) -> Iterator[list[int]]:
     """The number of tiles of every call of the tower."""
     calls: list[int] = []
-    hook = local.model.vision_tower.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[0]))
+    assert isinstance(local.model.vision, TiledEncoder)
+    hook = local.model.vision.tower.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[0]))
     try:
         yield calls
     finally:
@@ -40,13 +41,13 @@ def _image(seed: int, size: tuple[int, int] = (60, 40)) -> Image.Image:
     return Image.frombytes("RGB", size, random.Random(seed).randbytes(size[0] * size[1] * 3))
 
 
-def _input(local: LocalEngine, image: Image.Image, mode: ImageMode = ANYRES) -> ImageInput:
-    return ImageInput(content_digest(image), partial(tile_image, image, local.config, mode.mode), image.size, mode)
+def _item(image: Image.Image, treatment: Treatment = ANYRES) -> MediaItem:
+    return MediaItem("image", content_digest(image), image.size, treatment, lambda: treatment.inputs(image))
 
 
-def _alone(local: LocalEngine, image: Image.Image, mode: ImageMode) -> torch.Tensor:
+def _alone(local: LocalEngine, image: Image.Image, treatment: Treatment) -> torch.Tensor:
     with torch.inference_mode():
-        (tokens,) = local.model.encode_images([tile_image(image, local.config, mode.mode)], [image.size], mode)
+        (tokens,) = local.model.vision.encode([_item(image, treatment)])
     return tokens
 
 
@@ -68,16 +69,18 @@ def test_new_images_go_through_the_tower_together_and_old_ones_not_at_all(engine
     local = engine(CHECKPOINT)
     encoder = ImageEncoder(local.model)
     one, two, padded = _image(1), _image(2, (40, 90)), _image(3)
-    inputs = [_input(local, one), _input(local, two), _input(local, padded, PAD), _input(local, one.copy())]
+    inputs = [_item(one), _item(two), _item(padded, PAD), _item(one.copy())]
     with _tower_calls(local) as calls:
         first = encoder.encode(inputs)
-        tiles = [image.tiles().shape[0] for image in inputs[:3]]
+        tiles = [image.inputs().shape[0] for image in inputs[:3]]
         assert sum(tiles) <= TILES_AT_ONCE
         assert calls == [sum(tiles)], "one call, and an image that is there twice only once"
-        again = encoder.encode([inputs[2], inputs[0], _input(local, one, PAD)])
+        again = encoder.encode([inputs[2], inputs[0], _item(one, PAD)])
         assert calls[1:] == [1], "tiled in another way an image is another one"
-    for tokens, (image, mode) in zip(first, [(one, ANYRES), (two, ANYRES), (padded, PAD), (one, ANYRES)], strict=True):
-        torch.testing.assert_close(tokens, _alone(local, image, mode), rtol=1e-5, atol=1e-5)
+    for tokens, (image, treatment) in zip(
+        first, [(one, ANYRES), (two, ANYRES), (padded, PAD), (one, ANYRES)], strict=True
+    ):
+        torch.testing.assert_close(tokens, _alone(local, image, treatment), rtol=1e-5, atol=1e-5)
     assert torch.equal(again[0], first[2])
     assert torch.equal(again[1], first[0])
 
@@ -87,7 +90,7 @@ def test_many_tiles_are_taken_a_few_at_a_time(engine: EngineFactory) -> None:
     local = engine(CHECKPOINT)
     images = [_image(seed) for seed in range(2 * TILES_AT_ONCE + 3)]
     with _tower_calls(local) as calls:
-        tokens = ImageEncoder(local.model).encode([_input(local, image, PAD) for image in images])
+        tokens = ImageEncoder(local.model).encode([_item(image, PAD) for image in images])
     assert calls == [TILES_AT_ONCE, TILES_AT_ONCE, 3]
     torch.testing.assert_close(tokens[-1], _alone(local, images[-1], PAD), rtol=1e-5, atol=1e-5)
 
@@ -95,7 +98,7 @@ def test_many_tiles_are_taken_a_few_at_a_time(engine: EngineFactory) -> None:
 @torch.inference_mode()
 def test_least_recently_used_images_are_forgotten_beyond_the_budget(engine: EngineFactory) -> None:
     local = engine(CHECKPOINT)
-    images = [_input(local, _image(seed)) for seed in range(3)]
+    images = [_item(_image(seed)) for seed in range(3)]
     (tokens,) = ImageEncoder(local.model, 0).encode(images[:1])
     encoder = ImageEncoder(local.model, 2 * tokens.nbytes)
     with _tower_calls(local) as calls:
@@ -120,7 +123,7 @@ def test_no_budget_remembers_nothing(engine: EngineFactory) -> None:
     encoder = ImageEncoder(local.model, 0)
     with _tower_calls(local) as calls:
         for _ in range(2):
-            encoder.encode([_input(local, _image(1))])
+            encoder.encode([_item(_image(1))])
     assert len(calls) == 2
     assert encoder.bytes_held == 0
 
@@ -138,4 +141,5 @@ def test_second_request_with_the_same_images_does_not_run_the_tower(engine: Engi
         answers = [local.generate([request])[0].output_ids for request in requests]
     assert len(calls) == 1
     assert answers == expected
-    assert image_mode(local.config, len(images)).mode == ("pad" if len(images) > 1 else "anyres")
+    (treatment, *_) = local.config.vision.of_images([image.size for image in images])
+    assert treatment == (PAD if len(images) > 1 else ANYRES)

@@ -14,13 +14,13 @@ import torch
 
 import golden_data
 from engine.layer_reference import SlowDecoder
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.pruning.budget import tokens_to_keep
 from redvtp.reports import StepReport
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 LAYERS = 4
@@ -74,7 +74,7 @@ def test_dropping_behind_a_layer_is_the_slow_way(engine: EngineFactory, layer: i
     local = engine("tiny-llada-v")
     pruning = PruningParams(preset="llada-fastv", keep_ratio=0.3, prune_layer=layer, positions=positions)
     with _sequence(local, _request(local, CACHES[cache], pruning)) as sequence:
-        drops = {0: tokens_to_keep(sequence.num_visual, 0.3)}
+        drops = {0: tokens_to_keep(sequence.prompt.num_visual, 0.3)}
         slow = SlowDecoder(local, sequence, layer, drops, positions=positions).run()
         _expect_the_slow_way(local, slow, _run(local, sequence))
 
@@ -86,7 +86,7 @@ def test_a_later_step_can_drop_behind_a_layer(engine: EngineFactory, step: int, 
     local = engine("tiny-lavida-dream")
     pruning = PruningParams(preset="llada-fastv", keep_ratio=0.4, prune_layer=1, prune_step=step)
     with _sequence(local, _request(local, CACHES[cache], pruning)) as sequence:
-        drops = {step: tokens_to_keep(sequence.num_visual, 0.4)}
+        drops = {step: tokens_to_keep(sequence.prompt.num_visual, 0.4)}
         slow = SlowDecoder(local, sequence, 1, drops).run()
         _expect_the_slow_way(local, slow, _run(local, sequence))
 
@@ -95,7 +95,7 @@ def test_several_drops_behind_a_layer(engine: EngineFactory) -> None:
     local = engine("tiny-llada-v")
     pruning = PruningParams(preset="llada-fastv", keep_ratio=0.25, prune_layer=2, prune_steps=2)
     with _sequence(local, _request(local, CACHES["prefix"], pruning)) as sequence:
-        drops = {step: tokens_to_keep(sequence.num_visual, share) for step, share in enumerate((0.5, 0.25))}
+        drops = {step: tokens_to_keep(sequence.prompt.num_visual, share) for step, share in enumerate((0.5, 0.25))}
         slow = SlowDecoder(local, sequence, 2, drops).run()
         assert len(slow.kept) == 2
         _expect_the_slow_way(local, slow, _run(local, sequence))
@@ -137,7 +137,7 @@ def test_the_rows_that_look_are_those_asked_for(engine: EngineFactory, rows: str
     local = engine("tiny-llada-v")
     pruning = PruningParams(preset="fastv", keep_ratio=0.3, prune_step=3, score_rows=rows)
     with _sequence(local, _request(local, CACHES["none"], pruning)) as sequence:
-        slow = SlowDecoder(local, sequence, 1, {3: tokens_to_keep(sequence.num_visual, 0.3)}, rows=rows).run()
+        slow = SlowDecoder(local, sequence, 1, {3: tokens_to_keep(sequence.prompt.num_visual, 0.3)}, rows=rows).run()
         _expect_the_slow_way(local, slow, _run(local, sequence))
 
 
@@ -152,7 +152,7 @@ def test_deeper_layers_run_on_fewer_rows(engine: EngineFactory, preset: str) -> 
     pruning = PruningParams(preset=preset, keep_ratio=0.25, prune_layer=1)
     try:
         with _sequence(local, _request(local, CACHES["none"], pruning)) as sequence:
-            dense, visual = sequence.total_length, sequence.num_visual
+            dense, visual = sequence.total_length, sequence.prompt.num_visual
             first, second = local.runner.step([sequence]) + local.runner.step([sequence])
     finally:
         for hook in hooks:
@@ -192,7 +192,7 @@ def test_a_step_that_leaves_nothing_to_decide_has_dropped_all_the_same(engine: E
     denoising = DenoisingParams(gen_length=8, steps=1, ignore_eos=True, cache=cache)
     pruning = PruningParams(preset="llada-fastv", keep_ratio=0.25)
     with _sequence(local, _request(local, denoising, pruning)) as sequence:
-        visual = sequence.num_visual
+        visual = sequence.prompt.num_visual
         slow = SlowDecoder(local, sequence, 1, {0: int(0.25 * visual)}).run()
         (report,) = _run(local, sequence)
         _expect_the_slow_way(local, slow, [report])

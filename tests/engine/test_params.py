@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from redvtp.errors import BadInput, InvalidRequest, refusing
 from redvtp.params import DenoisingParams, PruningParams
-from redvtp.pruning.policy import policy_of
+from redvtp.pruning.resolve import policy_of
 
 BAD_DENOISING: list[tuple[dict[str, Any], str]] = [
     ({"gen_length": 0}, r"gen_length must be an integer in \[1, 65536\], got 0"),
@@ -128,3 +129,16 @@ def test_defaults_scale_with_the_canvas(gen: int, block: int, steps: int) -> Non
 @pytest.mark.parametrize("rule", [{"threshold": 0.9}, {"min_confidence": 0.9, "steps": 8}])
 def test_steps_by_confidence_are_as_many_as_there_can_be(rule: dict[str, Any]) -> None:
     assert DenoisingParams(gen_length=40, **rule).resolved_steps == 40
+
+
+@pytest.mark.parametrize("make", [DenoisingParams, PruningParams])
+def test_a_refused_value_is_an_invalid_request(make: Any) -> None:
+    """A server answers these with HTTP 400; any other ValueError is a bug and keeps its traceback."""
+    name = "gen_length" if make is DenoisingParams else "keep_ratio"
+    with pytest.raises(InvalidRequest, match=f"{name} must be"):
+        make(**{name: 0})
+
+
+def test_the_command_shows_a_refused_value_in_one_line() -> None:
+    with pytest.raises(BadInput, match=r"gen_length must be an integer in \[1, 65536\], got 0"), refusing():
+        DenoisingParams(gen_length=0)

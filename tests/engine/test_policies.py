@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 import golden_data
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed, slots_of
+from redvtp.kv.rotary import apply_rotary
 from redvtp.local import LocalEngine, Request
-from redvtp.models.rotary import apply_rotary
 from redvtp.params import DenoisingParams, PruningParams
+from redvtp.presets import PROGRESSIVE_STEPS
 from redvtp.prompt import chat_prompt
-from redvtp.pruning.features import DIRECTIONS, feature_importance
-from redvtp.pruning.policy import PROGRESSIVE_STEPS
+from redvtp.pruning.importance import DIRECTIONS, feature_importance
 from redvtp.reports import PruningReport
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 CHECKPOINT = "tiny-llada-v"
@@ -80,7 +80,7 @@ class _SlowLoop:
         local = self.local
         whole = replace(self.request, pruning=PruningParams(preset="none"))
         sequence = local.sequence(whole, local.tokenize(whole), [])
-        embeds, visual = sequence.prompt_embeds, set(sequence.visual_rows.tolist())
+        embeds, visual = sequence.prompt.embeds, set(sequence.prompt.visual_rows.tolist())
         left = list(range(embeds.shape[0]))
         canvas = torch.full((GEN,), local.special.mask_id)
         model = local.model.language_model
@@ -237,7 +237,7 @@ def test_features_decide_before_the_first_forward(engine: EngineFactory) -> None
     request = _request(local, DENOISING, _pruning("attention-free"))
     whole = replace(request, pruning=PruningParams(preset="none"))
     sequence = local.sequence(whole, local.tokenize(whole), [])
-    features = sequence.prompt_embeds[sequence.visual_rows].double()
+    features = sequence.prompt.embeds[sequence.prompt.visual_rows].double()
     left, sizes, _ = torch.linalg.svd(features, full_matrices=False)
     expected = (left[:, :DIRECTIONS] * sizes[:DIRECTIONS]).norm(dim=1)
     canvases, prunings = _prunings(local, request)
@@ -328,7 +328,7 @@ def test_pages_after_several_prunings_are_those_of_a_fresh_cache(
     denoising = DenoisingParams(gen_length=GEN, steps=STEPS, ignore_eos=True, cache=cache)
     request = _request(local, denoising, _pruning("progressive", positions=positions))
     sequence = _sequence(local, request)
-    prompt, visual = sequence.prompt_length, sequence.visual_rows.tolist()
+    prompt, visual = sequence.prompt.length, sequence.prompt.visual_rows.tolist()
     keys: list[Tensor] = []
     values: list[Tensor] = []
     dim = local.config.head_dim
@@ -380,7 +380,7 @@ def test_pages_after_several_prunings_are_those_of_a_fresh_cache(
         assert report.pruning is not None
         kept_visual = [kept_visual[index] for index in report.pruning.kept]
         left = [row for row in range(prompt) if row not in set(visual) - set(kept_visual)]
-        assert sequence.prompt_length == len(left)
+        assert sequence.prompt.length == len(left)
         slots = slots_of(torch.tensor(sequence.block_table), 0, len(left), local.cache.block_size)
         for layer in range(layers):
             stored_keys, stored_values = local.cache.read(layer, slots)

@@ -14,14 +14,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from redvtp.denoising.sequence import Sequence
+from redvtp.denoising.step import DenoisingRunner
 from redvtp.kv.blocks import BlockPool, blocks_needed, slots_of
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.pages import PagedKVCache
 from redvtp.local import LocalEngine
 from redvtp.params import DenoisingParams, PruningParams
-from redvtp.pruning.policy import policy_for
+from redvtp.pruning.resolve import policy_for
 from redvtp.reports import StepReport
-from redvtp.runner import DenoisingRunner
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 LAYERS = 4
@@ -116,12 +116,12 @@ def _admit(runner: DenoisingRunner, request: _Request, pool: BlockPool, number: 
     first = request.prompt + request.denoising.gen_length
     if policy is not None:
         first += policy.visual_at_first(request.images) - sum(request.images)
-    blocks = pool.allocate(blocks_needed(first, runner.cache.block_size))
+    blocks = pool.allocate(blocks_needed(first, runner.context.pages.block_size))
     assert blocks is not None
     generator = torch.Generator().manual_seed(number)
-    embeds = torch.randn(request.prompt, runner.model.config.hidden_size, generator=generator)
+    embeds = torch.randn(request.prompt, runner.context.model.config.hidden_size, generator=generator)
     sequence = Sequence(
-        str(number), embeds, request.spans, request.denoising, policy, runner.special, block_table=list(blocks)
+        str(number), embeds, request.spans, request.denoising, policy, runner.context.special, block_table=list(blocks)
     )
     runner.prune_before(sequence)
     assert sequence.total_length == first
@@ -138,16 +138,16 @@ def _check_step(request: _Request, sequence: Sequence, report: StepReport, visua
         assert all(0 <= index < visual for index in pruning.kept)
         assert 1 <= len(pruning.kept) == pruning.visual_after
         visual = pruning.visual_after
-    assert sequence.num_visual == visual
-    assert sequence.image_of.numel() == visual
+    assert sequence.prompt.num_visual == visual
+    assert sequence.prompt.group_of.numel() == visual
     assert report.kv_tokens == sequence.total_length
     assert report.kv_blocks == len(sequence.block_table) <= admitted
-    if sequence.visual_rows.numel():
-        assert bool((sequence.visual_rows.diff() > 0).all())
+    if sequence.prompt.visual_rows.numel():
+        assert bool((sequence.prompt.visual_rows.diff() > 0).all())
         # What is left of each image still lies together, in the images' order.
-        assert bool((sequence.image_of.diff() >= 0).all())
+        assert bool((sequence.prompt.group_of.diff() >= 0).all())
         if request.pruning.prune_scope == "image":
-            assert set(sequence.image_of.tolist()) == set(range(len(request.spans)))
+            assert set(sequence.prompt.group_of.tolist()) == set(range(len(request.spans)))
     return visual
 
 

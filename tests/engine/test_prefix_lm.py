@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 import golden_data
-from redvtp.denoising.canvas import Canvas
+from one_step import encode_prompt, response_hidden
+from redvtp.canvas.canvas import Canvas
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import blocks_needed, slots_of
+from redvtp.kv.rotary import apply_rotary
 from redvtp.local import LocalEngine, Request
-from redvtp.models.rotary import apply_rotary
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 CHECKPOINTS = ("tiny-lavida", "tiny-lavida-dream")
@@ -111,7 +112,7 @@ def test_scores_survivors_pages_and_next_logits_are_those_of_the_slow_way(
     local = engine(checkpoint)
     pruning = PruningParams(keep_ratio=0.3, positions=positions)
     with _sequence(local, _request(local, checkpoint, PREFIX_LM, pruning)) as sequence:
-        prompt, visual = sequence.prompt_length, sequence.visual_rows.clone()
+        prompt, visual = sequence.prompt.length, sequence.prompt.visual_rows.clone()
         layers = local.config.num_hidden_layers
         with _PromptKeys(local) as seen:
             (report,) = local.runner.step([sequence])
@@ -144,10 +145,8 @@ def test_scores_survivors_pages_and_next_logits_are_those_of_the_slow_way(
             torch.testing.assert_close(stored_keys, expected_keys[layer], atol=2e-5, rtol=1e-5)
             assert torch.equal(stored_values, expected_values[layer])
 
-        packed = local.runner.forward([sequence])
-        ours = local.model.language_model.logits(
-            packed.hidden[packed.logit_rows(0, sequence, torch.arange(16))], local.special.vocab
-        )
+        hidden = response_hidden(local, sequence, torch.arange(16))
+        ours = local.model.language_model.logits(hidden, local.special.vocab)
         first_position = rows.numel() if positions == "compact" else prompt
         pruned = _SlowAttention(expected_keys, expected_values)
         torch.testing.assert_close(ours, _canvas_logits(local, sequence, pruned, first_position), atol=3e-4, rtol=0)
@@ -200,7 +199,7 @@ def test_an_end_right_behind_the_prompt_ends_the_answer(engine: EngineFactory) -
     local = engine("tiny-lavida-dream")
     free = local.blocks.num_free
     with _sequence(local, _request(local, "tiny-lavida-dream", PREFIX_LM, PruningParams())) as sequence:
-        local.runner.encode_prompts([sequence])
+        encode_prompt(local, sequence)
         first = int(sequence.canvas.tokens[0])
     assert first != local.special.mask_id
     with _sequence(local, _request(local, "tiny-lavida-dream", PREFIX_LM, PruningParams())) as sequence:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from redvtp.denoising.remasking import Choice, Proposals, gumbel_perturbed, keep_best, propose, select, suppress
+from redvtp.canvas.proposals import Choice, Proposals, gumbel_perturbed, keep_best, propose, select, suppress
 
 
 def _propose(

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from redvtp.pruning import scores as scores_module
+from redvtp.attention import scores as scores_module
+from redvtp.attention.scores import AttentionScores
 from redvtp.pruning.budget import most_important, tokens_to_keep
-from redvtp.pruning.scores import AttentionScores, masked_row_importance
+from redvtp.pruning.importance import masked_row_importance
 
 
 @settings(deadline=None, max_examples=40)

@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import golden_data
+from redvtp.denoising.planner import plan_step, rows_without_visual, withdraw_layer
+from redvtp.denoising.restore import restore_pages
+from redvtp.denoising.sequence import Sequence
+from redvtp.kv.blocks import slots_of
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
 from redvtp.reports import StepReport
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 
@@ -133,23 +136,24 @@ def test_rewritten_pages_are_the_pages(local: LocalEngine, mode: str, pruning: s
     sequence = _sequence(local, MODES[mode], PRUNINGS[pruning])
     for _ in range(steps):
         local.runner.step([sequence])
-    plan, total = sequence.next_step(), sequence.total_length
-    assert plan.first > 0
+    plan, total = plan_step(sequence), sequence.total_length
+    assert plan.first_row > 0
     # After a pruning the whole canvas is computed.
-    assert plan.end == total if mode != "dual" else plan.end < total or steps == 4
+    assert plan.end_row == total if mode != "dual" else plan.end_row < total or steps == 4
     read = torch.ones(total, dtype=torch.bool)
-    read[plan.first : plan.end] = False
-    slots = local.runner._slots([sequence], [total])[0][read]
+    read[plan.first_row : plan.end_row] = False
+    slots = slots_of(torch.tensor(sequence.block_table), 0, total, local.cache.block_size)[read]
     before = [local.cache.read(layer, slots) for layer in range(local.cache.num_layers)]
     sequence.suspend()
     _spoil(local)
     sequence.resume(_blocks(local, sequence, 3))
-    local.runner.rewrite_pages([sequence])
-    slots = local.runner._slots([sequence], [total])[0][read]
-    seen = sequence.without_visual()[read]
+    restore_pages(local.runner.context, local.runner.begin([sequence]))
+    slots = slots_of(torch.tensor(sequence.block_table), 0, total, local.cache.block_size)[read]
+    seen = rows_without_visual(sequence)[read]
     for layer, (key, value) in enumerate(before):
         keys, values = local.cache.read(layer, slots)
-        behind = sequence.withdraws_behind is not None and layer > sequence.withdraws_behind
+        hidden = withdraw_layer(sequence)
+        behind = hidden is not None and layer > hidden
         # Nobody writes there what nobody reads.
         rows = seen if behind else torch.ones_like(seen)
         assert torch.equal(keys[rows], key[rows])
@@ -193,11 +197,11 @@ def test_nothing_is_remembered_that_no_step_reads(local: LocalEngine) -> None:
     """Embeddings of dropped tokens must not outlive the pages they went into."""
     sequence = _sequence(local, MODES["none"], PRUNED)
     local.runner.step([sequence])
-    assert sequence.origin is None
+    assert sequence.pages.prompt_forward is None
     cached = _sequence(local, replace(MODES["prefix"], refresh_interval=8), PRUNED)
-    dense = cached.prompt_length
+    dense = cached.prompt.length
     while cached.canvas.block == 0:
         local.runner.step([cached])
     local.runner.step([cached])
-    assert cached.origin is not None
-    assert cached.origin.prompt_embeds.shape[0] == cached.prompt_length < dense
+    assert cached.pages.prompt_forward is not None
+    assert cached.pages.prompt_forward.prompt_embeds.shape[0] == cached.prompt.length < dense

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from golden_data import Case, checkpoint_dir
-from redvtp.cli import main
+from redvtp.cli.main import main
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
@@ -59,7 +59,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 def command(*arguments: object) -> list[str]:
     """The command line, for a process of its own."""
-    return [sys.executable, "-m", "redvtp.cli", *map(str, arguments)]
+    return [sys.executable, "-m", "redvtp.cli.main", *map(str, arguments)]
 
 
 def run(*arguments: object, timeout: float = 1200) -> subprocess.CompletedProcess[str]:

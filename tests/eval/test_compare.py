@@ -11,8 +11,8 @@ from PIL import Image, ImageChops
 
 from eval.task_files import FLAGS, MODEL, in_process
 from golden_data import Case
-from redvtp.evaluation.compare import agreement
-from redvtp.evaluation.flags import COMPARED
+from redvtp.cli.flags import COMPARED
+from redvtp.evaluation.comparison import agreement
 from redvtp.evaluation.sheet import WIDTH, Panel, sheet
 from redvtp.params import PRESETS
 
@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cells(made: Path) -> list[dict[str, Any]]:
     """All policies there are, at two ratios, with and without cache."""
-    from redvtp.cli import main
+    from redvtp.cli.main import main
 
     files = ("--output", str(made / "kept.png"), "--json", str(made / "compared.json"))
     flags = ("--keep", "1.0,0.5,0.25", "--cache", "none,prefix", "--repeats", "2", *files)

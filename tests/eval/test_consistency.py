@@ -12,13 +12,13 @@ import torch
 
 from eval.task_files import CHECKPOINT, FLAGS, MODEL, in_process, tasks, write
 from golden_data import Case, Run, runs
+from redvtp.denoising.sequence import Sequence
 from redvtp.evaluation.backends import request_of
 from redvtp.evaluation.consistency import compare, top_overlap
 from redvtp.evaluation.grid import Cell, Question, Settings, questions
 from redvtp.evaluation.tasks import read_tasks
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
-from redvtp.sequence import Sequence
 
 EngineFactory = Callable[..., LocalEngine]
 SCORED = [

@@ -7,6 +7,7 @@ import statistics
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,28 @@ def test_another_configuration_in_the_same_folder_is_refused(
     assert "holds answers of another configuration" in err
     assert said in err
     assert (evaluated["out"] / "results.jsonl").read_bytes() == before
+
+
+def test_every_parameter_is_in_the_configuration_unless_a_cell_sets_it(evaluated: dict[str, Any]) -> None:
+    """A parameter that is missing there would let two different runs share a folder."""
+    configuration = json.loads((evaluated["out"] / "run.json").read_text())
+    names = {field.name for params in (DenoisingParams, PruningParams) for field in fields(params)}
+    assert names - set(configuration) == {"cache", "preset", "keep_ratio"}
+
+
+def test_a_folder_older_than_a_parameter_was_answered_with_its_default(
+    evaluated: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configuration = json.loads((evaluated["out"] / "run.json").read_text())
+    del configuration["prune_scope"], configuration["schedule"]
+    (tmp_path / "run.json").write_text(json.dumps(configuration))
+    (tmp_path / "results.jsonl").write_bytes((evaluated["out"] / "results.jsonl").read_bytes())
+    arguments = [MODEL, evaluated["file"], *GRID, *FLAGS, "--concurrency", 4, "--output", tmp_path]
+    status, out, err = in_process(capsys, "eval", *arguments, "--schedule", "linear")
+    assert (status, out) == (2, "")
+    assert 'schedule was "even", is "linear"' in err
+    assert in_process(capsys, "eval", *arguments)[0] == 0
+    assert (tmp_path / "results.jsonl").read_bytes() == (evaluated["out"] / "results.jsonl").read_bytes()
 
 
 def test_a_changed_task_file_in_the_same_folder_is_refused(

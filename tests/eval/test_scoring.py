@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from redvtp.evaluation.scoring import is_right, normalize
 from redvtp.evaluation.statistics import paired_difference, share
+from redvtp.evaluation.tasks import is_right, normalize
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,14 @@ import torch
 import golden_data
 from golden_data import Case, Run
 from golden_runs import denoising_of, pruning_of
-from redvtp.denoising.canvas import Canvas
-from redvtp.denoising.schedule import dream_counts
+from one_step import encode_prompt, forward, response_hidden, set_embeds
+from redvtp.canvas.canvas import Canvas
+from redvtp.canvas.schedule import dream_counts
+from redvtp.denoising.sequence import Sequence
 from redvtp.kv.blocks import slots_of
 from redvtp.local import Generation, LocalEngine, Request
 from redvtp.params import CACHES, DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.sequence import Sequence
-from redvtp.vision.tiling import image_mode, tile_image
 
 EngineFactory = Callable[..., LocalEngine]
 
@@ -87,11 +87,9 @@ def _sequence(case: Case, local: LocalEngine, denoising: DenoisingParams, prunin
 
 def _response_logits(local: LocalEngine, sequence: Sequence, vocab: int) -> torch.Tensor:
     """Raw logits [gen_length, vocab] about the whole canvas at the next step."""
-    if sequence.encodes_prompt_next():
-        local.runner.encode_prompts([sequence])
-    packed = local.runner.forward([sequence])
-    rows = packed.logit_rows(0, sequence, torch.arange(sequence.gen_length))
-    return local.model.language_model.logits(packed.hidden[rows], vocab)
+    encode_prompt(local, sequence)
+    hidden = response_hidden(local, sequence, torch.arange(sequence.canvas.gen_length))
+    return local.model.language_model.logits(hidden, vocab)
 
 
 def _marked(runs: list[Run]) -> list[object]:
@@ -124,10 +122,8 @@ def test_prompt_text_and_ids_are_the_references(case: Case, engine: EngineFactor
 
 @pytest.mark.parametrize("case", golden_data.cases(tensor="pixel_values"), ids=str)
 def test_pixel_tiles_are_equal_bit_for_bit(case: Case, engine: EngineFactory) -> None:
-    config = _engine_for(case, engine).config
-    images = case.images()
-    mode = image_mode(config, len(images))
-    tiles = torch.cat([tile_image(image, config, mode.mode) for image in images])
+    items = _engine_for(case, engine).config.vision.items(case.images())
+    tiles = torch.cat([item.inputs() for item in items])
     expected = case.base("pixel_values").reshape(tiles.shape)
     assert torch.equal(tiles, expected)
 
@@ -135,11 +131,8 @@ def test_pixel_tiles_are_equal_bit_for_bit(case: Case, engine: EngineFactory) ->
 @pytest.mark.parametrize("case", golden_data.cases(tensor="visual_tokens"), ids=str)
 def test_visual_tokens_come_in_the_references_order(case: Case, engine: EngineFactory) -> None:
     local = _engine_for(case, engine)
-    images = case.images()
-    mode = image_mode(local.config, len(images))
-    pixels = [tile_image(image, local.config, mode.mode) for image in images]
     with torch.inference_mode():
-        visual = torch.cat(local.model.encode_images(pixels, [image.size for image in images], mode))
+        visual = torch.cat(local.model.vision.encode(local.config.vision.items(case.images())))
     torch.testing.assert_close(visual, case.base("visual_tokens"), atol=1e-5, rtol=1e-4)
 
 
@@ -147,14 +140,14 @@ def test_visual_tokens_come_in_the_references_order(case: Case, engine: EngineFa
 def test_prompt_embeddings_are_the_references(case: Case, engine: EngineFactory) -> None:
     local = _engine_for(case, engine)
     with _sequence(case, local, DENOISING, NO_PRUNING) as sequence:
-        torch.testing.assert_close(sequence.prompt_embeds, case.base("prompt_embeds"), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(sequence.prompt.embeds, case.base("prompt_embeds"), atol=1e-5, rtol=1e-4)
 
 
 def _assert_first_logits(case: Case, local: LocalEngine, denoising: DenoisingParams, expected: torch.Tensor) -> None:
     vocab = expected.shape[1]
     with _sequence(case, local, denoising, NO_PRUNING) as sequence, torch.inference_mode():
         logits = _response_logits(local, sequence, vocab)
-        sequence.prompt_embeds = case.base("prompt_embeds")
+        set_embeds(sequence, case.base("prompt_embeds"))
         from_embeddings = _response_logits(local, sequence, vocab)
     torch.testing.assert_close(logits, expected, atol=LOGITS_TOLERANCE_FROM_IMAGE, rtol=0)
     torch.testing.assert_close(from_embeddings, expected, atol=LOGITS_TOLERANCE, rtol=0)
@@ -181,14 +174,14 @@ def test_shifted_logits_of_the_first_step(case: Case, engine: EngineFactory) -> 
 def test_pages_of_a_prompt_encoded_alone(case: Case, engine: EngineFactory) -> None:
     local = _engine_for(case, engine)
     with _sequence(case, local, replace(DENOISING, cache="prefix_lm"), NO_PRUNING) as sequence:
-        sequence.prompt_embeds = case.base("prompt_embeds")
-        local.runner.encode_prompts([sequence])
-        slots = slots_of(torch.tensor(sequence.block_table), 0, sequence.prompt_length, local.cache.block_size)
+        set_embeds(sequence, case.base("prompt_embeds"))
+        encode_prompt(local, sequence)
+        slots = slots_of(torch.tensor(sequence.block_table), 0, sequence.prompt.length, local.cache.block_size)
         keys, _ = local.cache.read(0, slots)
         _, values = local.cache.read(3, slots)
     # The reference stores keys before their rotary positions are applied.
     expected = local.model.language_model.rotary.rotate(
-        case.base("prefix_k_layer0").transpose(0, 1), sequence.prompt_positions
+        case.base("prefix_k_layer0").transpose(0, 1), sequence.prompt.positions
     )
     torch.testing.assert_close(keys, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(values, case.base("prefix_v_layer3").transpose(0, 1), atol=1e-4, rtol=0)
@@ -200,14 +193,14 @@ def test_pages_of_a_prompt_encoded_alone(case: Case, engine: EngineFactory) -> N
 def test_attention_of_every_response_row_to_the_visual_tokens(case: Case, engine: EngineFactory) -> None:
     local = _engine_for(case, engine)
     with _sequence(case, local, DENOISING, PruningParams()) as sequence:
-        expected = case.base("fwd_attn_resp_mean")[:, sequence.visual_rows]
+        expected = case.base("fwd_attn_resp_mean")[:, sequence.prompt.visual_rows]
         _assert_scores(local, sequence, expected, ATTENTION_TOLERANCE_FROM_IMAGE)
-        sequence.prompt_embeds = case.base("prompt_embeds")
+        set_embeds(sequence, case.base("prompt_embeds"))
         _assert_scores(local, sequence, expected, ATTENTION_TOLERANCE)
 
 
 def _assert_scores(local: LocalEngine, sequence: Sequence, expected: torch.Tensor, tolerance: float) -> None:
-    scores = local.runner.forward([sequence]).segments[0].scores
+    scores = forward(local, sequence)[0].scores
     assert scores is not None
     torch.testing.assert_close(scores.by_row(), expected, atol=tolerance, rtol=0)
 
@@ -307,7 +300,7 @@ def test_importance_and_kept_tokens(run: Run, generate: Callable[[Run], Generati
 def test_importance_from_the_references_embeddings(run: Run, engine: EngineFactory) -> None:
     local = _engine_for(run.case, engine)
     with _sequence(run.case, local, denoising_of(run), pruning_of(run)) as sequence:
-        sequence.prompt_embeds = run.case.base("prompt_embeds")
+        set_embeds(sequence, run.case.base("prompt_embeds"))
         (report,) = local.runner.step([sequence])
     assert report.pruning is not None
     importance = torch.tensor(report.pruning.importance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,15 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from redvtp.attention.batch import Segment
-from redvtp.attention.torch_paged import TorchPagedAttention
-from redvtp.kv.blocks import blocks_needed, slots_of
-from redvtp.kv.cache import KVPages, PagedKVCache
+from redvtp.attention.interface import AttentionBackend, LayerAttention, layer_attention
+from redvtp.attention.layout import Layout, Span
+from redvtp.attention.scores import AttentionScores
+from redvtp.attention.torch_paged import TorchAttention
+from redvtp.kv.blocks import blocks_needed, padded_block_tables, slots_of, slots_of_tables
 from redvtp.kv.compaction import compact, plan_compaction
-from redvtp.models.rotary import Rotary
-from redvtp.pruning.scores import AttentionScores
-from vllm_redvtp.cpu_attention import CpuPagedAttention
-from vllm_redvtp.packed_cache import PackedKVCache
+from redvtp.kv.pages import KVPages, PagedKVCache
+from redvtp.kv.rotary import Rotary
+from vllm_redvtp.attention.cpu_kernel import CpuAttention, CpuPrepared
+from vllm_redvtp.attention.packed_pages import PackedKVCache
 
 # Of the outputs, which are means of values around 1.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}
@@ -28,22 +29,25 @@ SHAPES = [(4, 4, 32, 32), (4, 2, 64, 32), (6, 2, 32, 64), (2, 2, 128, 128)]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A segment before it has a place in a batch. first, end: tokens it computes; holes: slots that are not read."""
+    """A sequence before it has a place in a batch. first, end: tokens it computes; holes: tokens that are not read.
+    read: tokens that are, if not all."""
 
     length: int
     first: int
     end: int
     table: Tensor
     holes: int = 0
+    read: int | None = None
 
     @property
     def rows(self) -> int:
         return self.end - self.first
 
-    def segment(self, start: int, block_size: int) -> Segment:
-        slots = slots_of(self.table, 0, self.length, block_size)
+    def span(self, start: int) -> Span:
+        length = self.length if self.read is None else self.read
+        rows = torch.arange(self.holes, length) if self.holes else None
         reads = self.rows < self.length
-        return Segment(start, start + self.rows, slots[self.first : self.end], slots[self.holes :] if reads else None)
+        return Span(start, start + self.rows, length - self.holes * reads, reads, rows if reads else None, self.end)
 
 
 class Setup:
@@ -75,17 +79,26 @@ class Setup:
             for rows in (part.rows for part in parts)
         ]
 
-    def kernel(self, segments: list[Segment]) -> CpuPagedAttention:
-        return CpuPagedAttention(self.packed, self.heads, segments, self.head_dim**-0.5)
-
-    def reference(self, segments: list[Segment]) -> TorchPagedAttention:
-        return TorchPagedAttention(self.plain, segments, self.head_dim**-0.5)
-
-    def segments(self, parts: list[Part]) -> list[Segment]:
-        segments: list[Segment] = []
+    def layout(self, parts: list[Part], scores: tuple[tuple[int, AttentionScores], ...] = ()) -> Layout:
+        spans: list[Span] = []
         for part in parts:
-            segments.append(part.segment(segments[-1].end if segments else 0, self.block_size))
-        return segments
+            spans.append(part.span(spans[-1].end if spans else 0))
+        tables = padded_block_tables([part.table.tolist() for part in parts], torch.device("cpu"))
+        slots = slots_of_tables(tables, self.block_size).unbind(0)
+        written = torch.cat([own[part.first : part.end] for own, part in zip(slots, parts, strict=True)])
+        return Layout(tuple(spans), tables, slots, self.block_size, written, scores)
+
+    def prepared(self, layout: Layout) -> CpuPrepared:
+        return CpuAttention(self.packed, self.heads, self.head_dim**-0.5).prepare(layout)
+
+    def kernel(self, parts: list[Part]) -> LayerAttention:
+        return self._over(CpuAttention(self.packed, self.heads, self.head_dim**-0.5), parts)
+
+    def reference(self, parts: list[Part]) -> LayerAttention:
+        return self._over(TorchAttention(self.plain, self.head_dim**-0.5), parts)
+
+    def _over(self, backend: AttentionBackend, parts: list[Part]) -> LayerAttention:
+        return layer_attention(backend.prepare(self.layout(parts)))
 
 
 def _packed(inputs: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,8 +138,8 @@ def test_kernel_equals_the_reference_over_any_mix_of_steps(
         )
         for length, share, holes, behind in sizes
     ]
-    segments, inputs = setup.segments(parts), _packed(setup.inputs(parts))
-    found, expected = setup.kernel(segments)(0, *inputs), setup.reference(segments)(0, *inputs)
+    inputs = _packed(setup.inputs(parts))
+    found, expected = setup.kernel(parts)(0, *inputs), setup.reference(parts)(0, *inputs)
     torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=0)
 
 
@@ -139,17 +152,15 @@ def test_response_steps_run_on_the_kernel_and_the_rest_on_torch() -> None:
         setup.part(33, 32),
         setup.part(90, 50, behind=17),
     ]
-    attention = setup.kernel(setup.segments(parts))
-    assert [taken.segment.end - taken.segment.start for taken in attention._in_place] == [10, 1, 23]
+    assert [parts[work.index].rows for work in setup.prepared(setup.layout(parts)).calls] == [10, 1, 23]
 
 
 def test_keys_behind_those_that_are_read_stay() -> None:
     """Nobody reads so today; the slots that are cleared for the kernel must then not be somebody's."""
     setup = Setup(SHAPES[0], torch.float32, 6)
     part = setup.part(90, 60)
-    slots = slots_of(part.table, 0, 90, setup.block_size)
-    segments, inputs = [Segment(0, 30, slots[60:], slots[:70])], _packed(setup.inputs([part]))
-    found, expected = setup.kernel(segments)(0, *inputs), setup.reference(segments)(0, *inputs)
+    parts, inputs = [replace(part, read=70)], _packed(setup.inputs([part]))
+    found, expected = setup.kernel(parts)(0, *inputs), setup.reference(parts)(0, *inputs)
     torch.testing.assert_close(found, expected, atol=TOLERANCE[torch.float32], rtol=0)
     _both_pages_hold_the_same(setup)
 
@@ -163,9 +174,9 @@ def test_a_segments_output_does_not_depend_on_its_neighbours(shape: tuple[int, i
         setup = Setup(shape, torch.float32, 5)
         parts = [setup.part(300, 268), setup.part(77, 0), setup.part(280, 267), setup.part(40, 7), setup.part(310, 246)]
         inputs = setup.inputs(parts)
-        together = setup.kernel(setup.segments(parts))(0, *_packed(inputs))
+        together = setup.kernel(parts)(0, *_packed(inputs))
         for part, own, found in zip(parts, inputs, together.split([part.rows for part in parts]), strict=True):
-            assert torch.equal(setup.kernel(setup.segments([part]))(0, *own), found)
+            assert torch.equal(setup.kernel([part])(0, *own), found)
     finally:
         torch.set_num_threads(1)
 
@@ -174,12 +185,12 @@ def test_a_segments_output_does_not_depend_on_its_neighbours(shape: tuple[int, i
 def test_what_a_former_owner_left_in_a_block_is_not_seen(rubbish: float) -> None:
     setup = Setup(SHAPES[0], torch.float32, 3)
     part = setup.part(70, 50)
-    segments, inputs = setup.segments([part]), _packed(setup.inputs([part]))
-    expected = setup.kernel(segments)(0, *inputs)
+    inputs = _packed(setup.inputs([part]))
+    expected = setup.kernel([part])(0, *inputs)
     behind = slots_of(part.table, 70, 96, setup.block_size)
     left = torch.full((26, setup.kv_heads, setup.head_dim), rubbish)
     setup.packed.write(0, behind, left, left)
-    assert torch.equal(setup.kernel(segments)(0, *inputs), expected)
+    assert torch.equal(setup.kernel([part])(0, *inputs), expected)
 
 
 def test_scored_segments_are_scored_alike() -> None:
@@ -187,10 +198,14 @@ def test_scored_segments_are_scored_alike() -> None:
     parts = [setup.part(90, 60), setup.part(50, 40)]
     inputs = _packed(setup.inputs(parts))
     scored = []
-    for attention in (setup.kernel, setup.reference):
+    scale = setup.head_dim**-0.5
+    backends: list[AttentionBackend] = [
+        CpuAttention(setup.packed, setup.heads, scale),
+        TorchAttention(setup.plain, scale),
+    ]
+    for backend in backends:
         scores = AttentionScores(torch.arange(4, 30), torch.arange(20), setup.heads, range(1))
-        first, second = setup.segments(parts)
-        attention([Segment(first.start, first.end, first.write_slots, first.read_slots, scores), second])(0, *inputs)
+        layer_attention(backend.prepare(setup.layout(parts, ((0, scores),))))(0, *inputs)
         scored.append(scores.by_row())
     assert torch.equal(*scored)
 

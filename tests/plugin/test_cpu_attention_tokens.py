@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,15 @@ from golden_data import Run, checkpoint_dir
 from golden_runs import denoising_of, pruning_of
 from plugin.conftest import LlmFactory, in_process_llm
 from plugin.requests import free_blocks, runner_of, usable_blocks
-from redvtp.attention.batch import Segment
+from redvtp.denoising.step import DenoisingRunner
 from redvtp.evaluation.tasks import read_tasks
-from redvtp.kv.cache import PagedKVCache
+from redvtp.kv.pages import PagedKVCache
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.prompt import chat_prompt
-from redvtp.runner import DenoisingRunner
-from vllm_redvtp.cpu_attention import CpuPagedAttention
-from vllm_redvtp.packed_cache import PackedKVCache
-from vllm_redvtp.params import RequestParams, sampling_params
+from vllm_redvtp.attention.cpu_kernel import CpuAttention, KernelCall
+from vllm_redvtp.attention.packed_pages import PackedKVCache
+from vllm_redvtp.knobs import RequestParams, sampling_params
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = ROOT / "examples" / "tiny_dvlm"
@@ -58,15 +56,15 @@ class _WidePages(PackedKVCache):
         return key[..., :HEAD_DIM], value[..., :HEAD_DIM]
 
 
-class _WideAttention(CpuPagedAttention):
+class _WideAttention(CpuAttention):
     """The kernel over `_WidePages`; counts how often it is called."""
 
     calls = 0
 
-    def _attend(self, layer: int, taken: Any, query: Tensor, output: Tensor) -> None:
+    def call(self, layer: int, work: KernelCall, query: Tensor, output: Tensor) -> None:
         _WideAttention.calls += 1
         wide = _wide(output)
-        super()._attend(layer, taken, _wide(query), wide)
+        super().call(layer, work, _wide(query), wide)
         output.copy_(wide[..., :HEAD_DIM])
 
 
@@ -81,7 +79,7 @@ def _engine_on_the_kernel(checkpoint: str, **options: Any) -> LocalEngine:
     pages = _WidePages(
         config.num_hidden_layers, plain.num_blocks, plain.block_size, config.num_key_value_heads, WIDTH, local.dtype
     )
-    attention = partial(_WideAttention, pages, config.num_attention_heads)
+    attention = _WideAttention(pages, config.num_attention_heads, HEAD_DIM**-0.5)
     local.runner = DenoisingRunner(local.model, pages, local.special, attention=attention)
     return local
 
@@ -168,7 +166,9 @@ def expected(requests: list[Request]) -> list[list[int]]:
 @pytest.fixture
 def kernel_llm(llm_factory: LlmFactory) -> Iterator[LLM]:
     llm = llm_factory(str(SMALL_MODEL))
-    assert isinstance(runner_of(llm)._engine.cache, PackedKVCache), "the kernel is the default where it can be had"
+    assert isinstance(runner_of(llm)._engine.context.pages, PackedKVCache), (
+        "the kernel is the default where it can be had"
+    )
     yield llm
     assert free_blocks(llm) == usable_blocks(llm)
 
@@ -176,14 +176,14 @@ def kernel_llm(llm_factory: LlmFactory) -> Iterator[LLM]:
 def test_server_on_the_kernel_gives_the_embedded_engines_tokens(
     kernel_llm: LLM, requests: list[Request], expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[Segment] = []
-    attend = CpuPagedAttention._attend
+    calls: list[int] = []
+    call = CpuAttention.call
 
-    def watched(self: CpuPagedAttention, layer: int, taken: Any, query: Tensor, output: Tensor) -> None:
-        calls.append(taken.segment)
-        attend(self, layer, taken, query, output)
+    def watched(self: CpuAttention, layer: int, work: KernelCall, query: Tensor, output: Tensor) -> None:
+        calls.append(work.index)
+        call(self, layer, work, query, output)
 
-    monkeypatch.setattr(CpuPagedAttention, "_attend", watched)
+    monkeypatch.setattr(CpuAttention, "call", watched)
     assert answers_of(kernel_llm, requests) == expected
     assert calls
 
@@ -202,21 +202,21 @@ def test_preemption_changes_no_token(
 
 def test_torch_can_be_asked_for(llm_factory: LlmFactory, requests: list[Request], expected: list[list[int]]) -> None:
     llm = llm_factory(str(SMALL_MODEL), additional_config={"redvtp": {"attention": "torch"}})
-    assert isinstance(runner_of(llm)._engine.cache, PagedKVCache)
+    assert isinstance(runner_of(llm)._engine.context.pages, PagedKVCache)
     assert answers_of(llm, requests) == expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_served_from_the_kernel(dtype: str, llm_factory: LlmFactory, requests: list[Request]) -> None:
     llm = llm_factory(str(SMALL_MODEL), dtype=dtype)
-    assert isinstance(runner_of(llm)._engine.cache, PackedKVCache)
+    assert isinstance(runner_of(llm)._engine.context.pages, PackedKVCache)
     together = answers_of(llm, requests[:2])
     assert all(len(answer) == 24 for answer in together)
 
 
 def test_where_the_kernel_cannot_serve_torch_does(llm: LLM) -> None:
     """The golden checkpoints' heads are too narrow."""
-    assert isinstance(runner_of(llm)._engine.cache, PagedKVCache)
+    assert isinstance(runner_of(llm)._engine.context.pages, PagedKVCache)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_other_block_sizes_are_torchs(
     llm_factory: LlmFactory, requests: list[Request], expected: list[list[int]]
 ) -> None:
     llm = llm_factory(str(SMALL_MODEL), block_size=16)
-    assert isinstance(runner_of(llm)._engine.cache, PagedKVCache)
+    assert isinstance(runner_of(llm)._engine.context.pages, PagedKVCache)
     assert answers_of(llm, requests[:3]) == expected[:3]
 
 

@@ -21,9 +21,9 @@ TOWER = checkpoint_dir("siglip2-so400m-patch14-tiny56")
 
 def test_llada_v_gets_our_parts() -> None:
     config = engine_config(MODEL)
-    assert config.scheduler_config.scheduler_cls == "vllm_redvtp.scheduler.DiffusionScheduler"
-    assert config.parallel_config.worker_cls.startswith("vllm_redvtp.worker.")
-    assert config.model_config.logits_processors == ["vllm_redvtp.params:RequestKnobs"]
+    assert config.scheduler_config.scheduler_cls == "vllm_redvtp.scheduling.scheduler.DiffusionScheduler"
+    assert config.parallel_config.worker_cls.startswith("vllm_redvtp.worker.worker.")
+    assert config.model_config.logits_processors == ["vllm_redvtp.frontend.refusals:RequestKnobs"]
     assert config.model_config.tokenizer_mode == "redvtp"
     assert config.model_config.enforce_eager
     assert config.cache_config.block_size == 32
@@ -52,6 +52,9 @@ def test_llada_v_gets_our_parts() -> None:
             lambda config: config.model_config.get_diff_sampling_param().get("temperature"),
             None,
         ),
+        (["--no-enable-prefix-caching"], lambda config: config.cache_config.enable_prefix_caching, False),
+        (["--no-enable-chunked-prefill"], lambda config: config.scheduler_config.enable_chunked_prefill, False),
+        (["--no-async-scheduling"], lambda config: config.scheduler_config.async_scheduling, False),
         (
             ["--media-io-kwargs", '{"image": {"image_mode": "RGB"}}'],
             lambda config: config.model_config.multimodal_config.media_io_kwargs["image"]["image_mode"],
@@ -85,6 +88,15 @@ def test_operators_choice_stands(options: list[str], read: Callable[[Any], Any],
         (["--tensor-parallel-size", "3"], "--tensor-parallel-size 3 does not divide the 4 KV heads"),
         (["--skip-tokenizer-init"], "LLaDA-V needs its tokenizer"),
         (["--enable-prompt-embeds"], "--enable-prompt-embeds is not supported for LLaDA-V"),
+        (
+            ["--enable-prefix-caching"],
+            "--enable-prefix-caching cannot work with diffusion decoding of LLaDA-V: keys and values of a prompt",
+        ),
+        (["--enable-chunked-prefill"], "--enable-chunked-prefill cannot work with .* LLaDA-V: attention is bidirect"),
+        (
+            ["--async-scheduling"],
+            "--async-scheduling cannot work with .* of LLaDA-V: a pruning decides",
+        ),
         (["--additional-config", '{"redvtp": {"keep_ratio": 2}}'], r"keep_ratio must be a number in \(0, 1\], got 2"),
         (["--additional-config", '{"redvtp": {"keepratio": 1}}'], "unknown redvtp knob 'keepratio'; allowed: "),
         (["--additional-config", '{"redvtp": 0.5}'], "'redvtp' must be an object of knobs, got 0.5"),

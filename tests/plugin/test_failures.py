@@ -13,7 +13,7 @@ from vllm import LLM, SamplingParams
 
 from golden_data import Case
 from plugin.requests import free_blocks, prompt_of, runner_of, scheduler_of, usable_blocks
-from redvtp.sequence import Sequence
+from redvtp.denoising.sequence import Sequence
 
 CASE = Case("tiny-llada-v", "wide")
 # Eight neighbours in all modes, half of them drawing random numbers.
@@ -45,7 +45,7 @@ def _at(*path: str) -> Callable[[Sequence], None]:
 
 
 FAULTS: dict[str, Callable[[Sequence], None]] = {
-    "before the forward": _at("encodes_prompt_next"),
+    "before the forward": _at("response_ids"),
     "in attention": _no_page,
     "after proposals were drawn": _at("canvas", "tokens_to_commit"),
     "after others have committed": _at("canvas", "commit"),
@@ -129,12 +129,12 @@ def test_request_whose_image_cannot_be_encoded_fails_alone(
 ) -> None:
     runner = runner_of(llm)
     runner.reset_encoder_cache()
-    image_inputs = runner._image_inputs
+    items = runner.arrivals.items
 
-    def inputs_or_fail(request: Any) -> Any:
-        return _fail() if request.req_id.startswith("bad") else image_inputs(request)
+    def items_or_fail(request: Any) -> Any:
+        return _fail() if request.req_id.startswith("bad") else items(request)
 
-    monkeypatch.setattr(runner, "_image_inputs", inputs_or_fail)
+    monkeypatch.setattr(runner.arrivals, "items", items_or_fail)
     _add_all(llm)
     _check(_finish(llm), expected, llm)
     assert free_blocks(llm) == usable_blocks(llm)

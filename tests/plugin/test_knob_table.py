@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 from redvtp.params import PRESETS, SCHEDULES
-from vllm_redvtp.params import KNOBS, PREFIX
+from vllm_redvtp.knobs import KNOBS, PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 import golden_data
 from golden_data import Run
 from plugin.requests import free_blocks, prompt_of, sampling_of, usable_blocks
-from redvtp.denoising.draft import draft_tokens
+from redvtp.canvas.draft import draft_tokens
 from redvtp.kv.blocks import blocks_needed
 
 LlmFactory = Callable[..., LLM]

@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 
 import vllm_redvtp
 from plugin.command_line import facts_of_fresh_processes, write_llama
-from vllm_redvtp.renderer import install_request_check
+from vllm_redvtp.patches import install_request_check
 
 OPTION = "--plugin"
 
@@ -35,16 +35,21 @@ def test_only_the_option_is_new(facts: tuple[dict[str, Any], dict[str, Any]]) ->
 
 
 def test_registration_imports_no_model_and_no_engine(facts: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    """Families bring the geometry of their vision paths with them; the modules with weights come later."""
     installed, _ = facts
-    assert set(installed["modules"]) <= {
+    modules = set(installed["modules"])
+    rooms = {".".join(module.split(".")[:2]) for module in modules}
+    assert rooms <= {
         "redvtp",
-        "redvtp.models",
-        "redvtp.models.config",
-        "redvtp.models.families",
+        "redvtp.families",
+        "redvtp.prompt",
+        "redvtp.vision",
         "vllm_redvtp",
-        "vllm_redvtp.cli",
-        "vllm_redvtp.config",
+        "vllm_redvtp.engine_config",
+        "vllm_redvtp.hook",
+        "vllm_redvtp.patches",
     }
+    assert not modules & {"redvtp.vision.encoder", "redvtp.vision.tower"}
 
 
 def test_registering_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

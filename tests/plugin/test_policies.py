@@ -69,7 +69,7 @@ def _run(llm: LLM, preempted_before: frozenset[int] = frozenset()) -> list[Any]:
     while llm.llm_engine.has_unfinished_requests():
         if step in preempted_before:
             assert llm.reset_prefix_cache(reset_running_requests=True)
-            cache = runner_of(llm)._engine.cache
+            cache = runner_of(llm)._engine.context.pages
             for pages in (*cache.keys, *cache.values):
                 pages.fill_(float("nan"))
         finished |= {output.request_id: output for output in llm.llm_engine.step() if output.finished}

@@ -38,7 +38,7 @@ def _sampling(**knobs: Any) -> SamplingParams:
 def _preempt_all(llm: LLM) -> None:
     assert llm.reset_prefix_cache(reset_running_requests=True)
     assert free_blocks(llm) == usable_blocks(llm)
-    cache = runner_of(llm)._engine.cache
+    cache = runner_of(llm)._engine.context.pages
     for pages in (*cache.keys, *cache.values):
         pages.fill_(float("nan"))
 

@@ -13,7 +13,7 @@ from vllm.sampling_params import StructuredOutputsParams
 
 from golden_data import Case, runs
 from plugin.requests import free_blocks, prompt_of, sampling_of, scheduler_of, usable_blocks
-from vllm_redvtp.params import build_params
+from vllm_redvtp.knobs import build_params
 
 SQUARE = Case("tiny-llada-v", "square")
 HELLO = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"

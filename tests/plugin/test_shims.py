@@ -18,6 +18,7 @@ import requests
 from PIL.Image import DecompressionBombError
 from vllm.config import ModelConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
+from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.serve.utils.api_utils import get_max_tokens
 from vllm.exceptions import VLLMError
 from vllm.multimodal.media import MediaConnector
@@ -46,7 +47,7 @@ def _names(call: ast.Call) -> set[str]:
 
 
 def test_prompt_and_parameters_still_meet_in_the_platform_only() -> None:
-    """renderer.install_request_check: no other hook before the engine sees both."""
+    """patches.install_request_check: no other hook before the engine sees both."""
     prompts = {"prompt", "engine_input", "encoder_input", "decoder_input"}
     meetings = [
         ast.unparse(call.func)
@@ -58,7 +59,7 @@ def test_prompt_and_parameters_still_meet_in_the_platform_only() -> None:
 
 @pytest.mark.parametrize("interface", [LogitsProcessor, LogitsProcessorV2])
 def test_logits_processors_still_do_not_see_the_prompt(interface: type[Any]) -> None:
-    """renderer.install_request_check: otherwise RequestKnobs could do all the checking."""
+    """patches.install_request_check: otherwise RequestKnobs could do all the checking."""
     assert list(inspect.signature(interface.validate_params).parameters) == ["sampling_params"]
 
 
@@ -75,7 +76,7 @@ def test_max_tokens_is_still_cut_in_silence() -> None:
 
 
 def test_decompression_bomb_is_still_no_bad_request() -> None:
-    """renderer._media_errors: vLLM answers a ValueError with HTTP 400, most other errors with 500."""
+    """patches.media_errors_as_refusals: vLLM answers a ValueError with HTTP 400, most other errors with 500."""
     with pytest.raises(DecompressionBombError):
         ImageMediaIO().load_bytes(claimed_png(30_000, 30_000))
     assert not issubclass(DecompressionBombError, ValueError)
@@ -90,14 +91,14 @@ def test_decompression_bomb_is_still_no_bad_request() -> None:
     ],
 )
 def test_urls_that_cannot_be_loaded_are_still_no_bad_requests(url: str, error: type[Exception]) -> None:
-    """renderer._media_errors: vLLM answers these with HTTP 500 and 501."""
+    """patches.media_errors_as_refusals: vLLM answers these with HTTP 500 and 501."""
     with pytest.raises(error):
         MediaConnector().load_from_url(url, ImageMediaIO())
     assert not issubclass(error, ValueError | VLLMError)
 
 
 def test_half_a_surrogate_pair_still_does_not_reach_the_engine() -> None:
-    """params.refuse_broken_text: the request cannot be encoded, and AsyncLLM makes an HTTP 500 of any such error."""
+    """refusals.refuse_broken_text: the request cannot be encoded, and AsyncLLM makes an HTTP 500 of any such error."""
     with pytest.raises(UnicodeEncodeError):
         MsgpackEncoder().encode({"redvtp_suffix": "\ud800"})
     assert "raise EngineGenerateError() from" in inspect.getsource(AsyncLLM.generate)
@@ -139,8 +140,17 @@ def test_cuda_worker_still_has_its_own_extension_point() -> None:
     assert "self._make_model_runner" in {ast.unparse(call.func) for call in _calls(Worker)}
 
 
+def test_flags_still_lose_that_they_were_set() -> None:
+    """patches.install_check_of_flags: unset flags are None until this method, and a model's hook runs after it."""
+    unset = {field.name for field in fields(EngineArgs) if field.default is None}
+    assert {"enable_prefix_caching", "enable_chunked_prefill", "async_scheduling"} <= unset
+    source = inspect.getsource(EngineArgs.create_engine_config)
+    defaults = source.index("self._set_default_chunked_prefill_and_prefix_caching_args")
+    assert source.index("self.create_model_config") < defaults < source.rindex("VllmConfig(")
+
+
 def test_log_still_fails_on_statistics_without_a_connector() -> None:
-    """metrics.install_metrics gives it a class to ask, since ours come without a connector."""
+    """patches.install_metrics gives it a class to ask, since ours come without a connector."""
     assert "connector_cls" not in inspect.getsource(KVConnectorLogging).split("def ")[0]
     assert "self.connector_cls is not None" in inspect.getsource(KVConnectorLogging.observe)
 

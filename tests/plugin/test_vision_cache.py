@@ -24,7 +24,7 @@ SAMPLING = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
 def _tower_calls(llm: LLM) -> Iterator[list[int]]:
     """The number of tiles of every call of the tower."""
     calls: list[int] = []
-    tower = runner_of(llm).model.vision_tower
+    tower = runner_of(llm).model.vision.tower
     hook = tower.register_forward_hook(lambda _, args, __: calls.append(args[0].shape[0]))
     try:
         yield calls

@@ -16,7 +16,7 @@ from benchmarks.image_bytes import claimed_png, png
 from golden_data import Case
 from serving.chat import CHECKPOINT, ask, message
 from serving.server import Server
-from vllm_redvtp.params import KNOBS
+from vllm_redvtp.knobs import KNOBS
 
 pytestmark = pytest.mark.serving
 

@@ -13,17 +13,16 @@ from PIL import Image
 
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
-from redvtp.prompt import PLACEHOLDER, chat_prompt
+from redvtp.prompt import chat_prompt
 from training.v2.batches import prompt_pieces
 from training.v2.draw import render
 from training.v2.evaluate import decode, evaluate, held_out, load_average, prompt_embeddings
 from training.v2.export import export
-from training.v2.pictures import visual_tokens
 from training.v2.plan import PLAN, Phase
 from training.v2.questions import TASKS, Question, steps_for
 from training.v2.taskset import write_tasks
 from training.v2.train import Trainer, train
-from training.v2.vocab import special_id, tokenizer
+from training.v2.vocab import tokenizer
 from training.v2.world import Family, Sample
 
 # Every family, so that every hint and both kinds of prompt are trained.
@@ -177,16 +176,23 @@ def test_the_engine_answers_as_the_trained_model_does(tmp_path: Path) -> None:
         assert generation.text == tokenizer().decode(tokens, skip_special_tokens=True), question.text
 
 
-def test_the_engine_builds_the_prompts_the_model_was_trained_on(tmp_path: Path) -> None:
+def test_the_engine_sees_the_visual_tokens_the_model_was_trained_on(tmp_path: Path) -> None:
     train(tmp_path / "run", 3, workers=0, plan=MICRO[:1])
     export(tmp_path / "run", tmp_path / "checkpoint")
+    model = load_average(tmp_path / "run").half().float()
     engine = LocalEngine(tmp_path / "checkpoint", dtype="float32", device="cpu")
     for sample, question in _one_of_each_family():
-        images = tuple(Image.fromarray(render(scene)) for scene in sample.scenes)
-        prompt = engine.tokenize(Request(chat_prompt(engine.tokenizer, question.text, len(images)), images))
+        ours = prompt_embeddings(model, sample, question)
+        images = [Image.fromarray(render(scene)) for scene in sample.scenes]
+        request = Request(chat_prompt(engine.tokenizer, question.text, len(images)), tuple(images))
+        prompt = engine.tokenize(request)
         before, after = prompt_pieces(question.text, len(images), True)
-        visual = visual_tokens(sample)
-        assert prompt.ids == (*before, *[special_id(PLACEHOLDER)] * len(visual.source), *after)
+        assert prompt.ids[: len(before)] == before
+        assert prompt.ids[len(prompt.ids) - len(after) :] == after
+        with torch.inference_mode():
+            visual = engine.images.encode(engine.config.vision.items(images))
+            theirs = engine.model.embed_prompt(torch.tensor(prompt.ids), prompt.visual_spans, visual)
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
 def test_the_task_files_hold_every_task(tmp_path: Path) -> None:

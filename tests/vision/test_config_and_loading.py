@@ -13,9 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from golden_data import ALL, checkpoint_dir
-from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, load_config
+from redvtp.families.config import load_config, read_config
 from redvtp.models.dvlm import Dvlm
-from redvtp.models.loading import checkpoint_name, checkpoint_weights, load_weights, rename
+from redvtp.models.loading import checkpoint_weights, load_weights
+from redvtp.vision.encoder import TiledEncoder
+from redvtp.vision.geometry import SO400M_PATCH14_384, TowerConfig
+from redvtp.vision.path import TiledVision
+from vision_geometries import tiled_vision
 
 TINY = "tiny-llada-v"
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -38,9 +42,10 @@ def test_tiny_config_is_read() -> None:
     config = load_config(checkpoint_dir(TINY))
     assert (config.hidden_size, config.num_hidden_layers, config.head_dim, config.vocab_size) == (64, 4, 16, 640)
     assert (config.rope_theta, config.rms_norm_eps, config.torch_dtype) == (500_000.0, 1e-5, "float32")
-    assert config.max_grid_tiles == 4
-    assert config.image_grid_pinpoints[1] == (56, 112)
-    tower = config.tower
+    vision = tiled_vision(TINY)
+    assert vision.alone.tiling.max_grid_tiles == 4
+    assert vision.alone.tiling.pinpoints[1] == (56, 112)
+    tower = vision.tower
     assert (tower.num_hidden_layers, tower.kept_layers(-2), tower.image_size, tower.side) == (3, 2, 56, 4)
 
 
@@ -84,12 +89,12 @@ def test_unsupported_value_of_the_other_families_is_refused(checkpoint: str, key
 
 
 def test_patches_that_do_not_fit_are_dropped() -> None:
-    assert load_config(checkpoint_dir("tiny-llada-v-b")).tower.side == 60 // 14
+    assert tiled_vision("tiny-llada-v-b").tower.side == 60 // 14
 
 
 def test_overrides_replace_keys() -> None:
     config = load_config(checkpoint_dir(TINY), {"image_aspect_ratio": "anyres", "max_position_embeddings": 99})
-    assert config.max_grid_tiles is None
+    assert tiled_vision(TINY, {"image_aspect_ratio": "anyres"}).alone.tiling.max_grid_tiles is None
     assert config.max_position_embeddings == 99
 
 
@@ -99,7 +104,7 @@ def test_config_as_transformers_5_writes_it_reads_the_same() -> None:
     raw["rope_parameters"] = {"rope_theta": theta, "rope_type": "default"}
     raw["dtype"] = torch.float32
     del raw["torch_dtype"]
-    assert DvlmConfig.from_dict(raw, checkpoint_dir(TINY)) == load_config(checkpoint_dir(TINY))
+    assert read_config(raw, checkpoint_dir(TINY)) == load_config(checkpoint_dir(TINY))
 
 
 @pytest.mark.parametrize(
@@ -165,8 +170,14 @@ def _vision_config() -> dict[str, Any]:
     return vision
 
 
+def _tower(raw: dict[str, Any], model_dir: Path) -> TowerConfig:
+    vision = read_config(raw, model_dir).vision
+    assert isinstance(vision, TiledVision)
+    return vision.tower
+
+
 def test_tower_is_found_beside_below_and_by_absolute_name(tmp_path: Path) -> None:
-    expected = load_config(checkpoint_dir(TINY)).tower
+    expected = tiled_vision(TINY).tower
     model_dir = tmp_path / "models" / "mine"
     model_dir.mkdir(parents=True)
     for folder, name in [
@@ -176,12 +187,12 @@ def test_tower_is_found_beside_below_and_by_absolute_name(tmp_path: Path) -> Non
     ]:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({"vision_config": _vision_config()}))
-        assert DvlmConfig.from_dict({**_raw(), "mm_vision_tower": name}, model_dir).tower == expected
+        assert _tower({**_raw(), "mm_vision_tower": name}, model_dir) == expected
 
 
 def test_tower_in_the_checkpoints_own_config_wins(tmp_path: Path) -> None:
     raw = {**_raw(), "mm_vision_tower": "google/siglip2-so400m-patch14-384", "vision_config": _vision_config()}
-    assert DvlmConfig.from_dict(raw, tmp_path).tower == load_config(checkpoint_dir(TINY)).tower
+    assert _tower(raw, tmp_path) == tiled_vision(TINY).tower
 
 
 def test_published_tower_needs_no_folder(tmp_path: Path) -> None:
@@ -191,7 +202,7 @@ def test_published_tower_needs_no_folder(tmp_path: Path) -> None:
         "mm_hidden_size": 1152,
         "image_grid_pinpoints": [[384, 768], [768, 384]],
     }
-    tower = DvlmConfig.from_dict(raw, tmp_path).tower
+    tower = _tower(raw, tmp_path)
     assert tower == SO400M_PATCH14_384
     assert tower.side == 27
 
@@ -200,7 +211,7 @@ def test_unknown_tower_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"mm_vision_tower 'x/clip' is not known: put the tower's folder at .*/clip or"
     ):
-        DvlmConfig.from_dict({**_raw(), "mm_vision_tower": "x/clip"}, tmp_path / "mine")
+        read_config({**_raw(), "mm_vision_tower": "x/clip"}, tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +228,7 @@ def test_unknown_tower_is_refused_with_the_remedy(tmp_path: Path) -> None:
 def test_broken_tower_is_refused(change: dict[str, Any], message: str) -> None:
     raw = {**_raw(), "vision_config": {**_vision_config(), **change}}
     with pytest.raises(ValueError, match=message):
-        DvlmConfig.from_dict(raw, checkpoint_dir(TINY))
+        read_config(raw, checkpoint_dir(TINY))
 
 
 @pytest.mark.parametrize("checkpoint", ALL)
@@ -227,21 +238,19 @@ def test_every_parameter_is_the_checkpoints(checkpoint: str) -> None:
     assert loaded == {name for name, _ in model.named_parameters()}
     stored = load_file(checkpoint_dir(checkpoint) / "model.safetensors")
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, stored[checkpoint_name(name, model.config.family.layout)]), name
+        assert torch.equal(parameter, stored[model.config.family.weights.theirs(name)]), name
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "layout"), [(TINY, "llama"), ("tiny-lavida", "olmo"), ("tiny-lavida-dream", "llama")]
-)
-def test_names_lead_back_and_only_the_unused_norm_is_left_out(checkpoint: str, layout: str) -> None:
+@pytest.mark.parametrize("checkpoint", [TINY, "tiny-lavida", "tiny-lavida-dream"])
+def test_names_lead_back_and_only_the_unused_norm_is_left_out(checkpoint: str) -> None:
     names = set(_weights(checkpoint))
-    assert load_config(checkpoint_dir(checkpoint)).family.layout == layout
+    table = load_config(checkpoint_dir(checkpoint)).family.weights
     unused = {f"{TOWER}post_layernorm.{part}" for part in ("weight", "bias")} & names
-    assert {name for name in names if rename(name, layout) is None} == unused
+    assert {name for name in names if table.ours(name) is None} == unused
     for name in names - unused:
-        target = rename(name, layout)
+        target = table.ours(name)
         assert target is not None
-        assert checkpoint_name(target, layout) == name
+        assert table.theirs(target) == name
 
 
 def test_sharded_checkpoint_loads_the_same(tmp_path: Path) -> None:
@@ -324,7 +333,8 @@ def test_load_param_gets_every_parameter_once() -> None:
 def test_half_precision_model_takes_full_precision_weights() -> None:
     model = _model().to(torch.bfloat16)
     load_weights(model, _weights().items())
-    assert torch.equal(model.image_newline, _weights()["model.image_newline"].bfloat16())
+    assert isinstance(model.vision, TiledEncoder)
+    assert torch.equal(model.vision.newline, _weights()["model.image_newline"].bfloat16())
 
 
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:

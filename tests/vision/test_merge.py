@@ -14,28 +14,32 @@ from safetensors import safe_open
 from torch import Tensor
 
 from golden_data import Case, cases
-from redvtp.models.config import SO400M_PATCH14_384, DvlmConfig, load_config
-from redvtp.vision.merge import merge_tiles, visual_token_boxes, visual_token_count
-from redvtp.vision.tiling import ImageMode, choose_grid, image_mode, tile_image
-from vision_geometries import GEOMETRIES, LLADA_V, SIZES, with_geometry
+from redvtp.families.config import load_config
+from redvtp.vision.boxes import visual_token_boxes
+from redvtp.vision.geometry import SO400M_PATCH14_384, Mode, Tiling
+from redvtp.vision.merge import merge_tiles, visual_token_count
+from redvtp.vision.tiling import choose_grid, tile_image
+from vision_geometries import GEOMETRIES, LLADA_V, SIZES, in_mode, tiled_vision, with_geometry
 
-CONFIGS = st.sampled_from(list(GEOMETRIES.values()))
 _REFUSED = "is too narrow|limit where images are padded"
-ALL_MODES = [
-    ImageMode("anyres", True),
-    ImageMode("pad", True),
-    ImageMode("pad", False),
-    ImageMode("anyres", True, pooled=True),
-    ImageMode("pad", True, pooled=True),
+# (mode, newline, pooled)
+ALL_MODES: list[tuple[Mode, bool, bool]] = [
+    ("anyres", True, False),
+    ("pad", True, False),
+    ("pad", False, False),
+    ("anyres", True, True),
+    ("pad", True, True),
 ]
-MODES = st.sampled_from(ALL_MODES)
+TILINGS = st.builds(
+    lambda tiling, mode: in_mode(tiling, *mode), st.sampled_from(list(GEOMETRIES.values())), st.sampled_from(ALL_MODES)
+)
 
 
-def _num_tiles(size: tuple[int, int], config: DvlmConfig, mode: ImageMode) -> int:
-    if mode.mode == "pad":
+def _num_tiles(size: tuple[int, int], tiling: Tiling) -> int:
+    if tiling.mode == "pad":
         return 1
-    canvas = choose_grid(*size, config).canvas
-    return 1 + canvas[0] * canvas[1] // config.tower.image_size**2
+    canvas = choose_grid(*size, tiling.pinpoints).canvas
+    return 1 + canvas[0] * canvas[1] // tiling.tile**2
 
 
 def _newline(case: Case) -> Tensor:
@@ -47,9 +51,7 @@ def _newline(case: Case) -> Tensor:
 @pytest.mark.parametrize("case", [case for case in cases() if case.image_files], ids=str)
 def test_count_from_the_size_equals_the_reference(case: Case) -> None:
     config = load_config(case.model_dir, case.config_overrides)
-    sizes = case.meta["image_sizes"]
-    mode = image_mode(config, len(sizes))
-    counts = [visual_token_count(size[0], size[1], config, mode) for size in sizes]
+    counts = config.vision.counts([(width, height) for width, height in case.meta["image_sizes"]])
     assert sum(counts) == case.meta["num_visual_tokens_total"]
 
 
@@ -59,10 +61,10 @@ def test_count_from_the_size_equals_the_reference(case: Case) -> None:
     ids=str,
 )
 def test_merged_projected_features_equal_the_reference(case: Case) -> None:
-    config = load_config(case.model_dir, case.config_overrides)
+    tiling = tiled_vision(case.checkpoint, case.config_overrides).alone.tiling
     (width, height) = case.meta["image_sizes"][0]
     features = case.base("projected_features")
-    merged = merge_tiles(features, (width, height), _newline(case), config, image_mode(config, 1))
+    merged = merge_tiles(features, (width, height), _newline(case), tiling)
     # Only the scaled-down cases compute anything here, and they with the same function: equal to the last bits.
     torch.testing.assert_close(merged, case.base("visual_tokens"), rtol=0, atol=1e-6)
 
@@ -70,50 +72,47 @@ def test_merged_projected_features_equal_the_reference(case: Case) -> None:
 @pytest.mark.parametrize(("size", "tokens"), [((768, 768), 196 + 28 * 29), ((384, 384), 196 + 14 * 15)])
 def test_lavida_pools_27_patches_to_14_tokens(size: tuple[int, int], tokens: int) -> None:
     pinpoints = [(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)]
-    config = with_geometry(SO400M_PATCH14_384, "anyres", pinpoints)
-    assert visual_token_count(*size, config, ImageMode("anyres", newline=True, pooled=True)) == tokens
+    tiling = in_mode(with_geometry(SO400M_PATCH14_384, None, pinpoints), "anyres", pooled=True)
+    assert visual_token_count(*size, tiling) == tokens
 
 
 @pytest.mark.parametrize("case", cases(tensor="pooled_features"), ids=str)
 def test_pooled_tile_is_the_references(case: Case) -> None:
     """In "pad" mode the tokens of an image are its one tile, so every tile can be looked at by itself."""
-    config = load_config(case.model_dir)
-    mode = ImageMode("pad", newline=False, pooled=True)
+    tiling = in_mode(tiled_vision(case.checkpoint).alone.tiling, "pad", newline=False, pooled=True)
     for tile, expected in zip(case.base("projected_features"), case.base("pooled_features"), strict=True):
-        assert torch.equal(merge_tiles(tile[None], (9, 9), _newline(case), config, mode), expected)
+        assert torch.equal(merge_tiles(tile[None], (9, 9), _newline(case), tiling), expected)
 
 
 def test_square_image_of_four_tiles_has_the_most_tokens_of_llada_v() -> None:
-    assert visual_token_count(768, 768, LLADA_V, ImageMode("anyres", newline=True)) == 729 + 54 * 55 == 3699
+    assert visual_token_count(768, 768, LLADA_V) == 729 + 54 * 55 == 3699
 
 
-@given(size=SIZES, config=CONFIGS, mode=MODES)
+@given(size=SIZES, tiling=TILINGS)
 @settings(deadline=None)
-def test_count_is_the_number_of_merged_tokens_and_of_boxes(
-    size: tuple[int, int], config: DvlmConfig, mode: ImageMode
-) -> None:
-    features = torch.zeros(_num_tiles(size, config, mode), config.tower.side**2, 1)
+def test_count_is_the_number_of_merged_tokens_and_of_boxes(size: tuple[int, int], tiling: Tiling) -> None:
+    features = torch.zeros(_num_tiles(size, tiling), tiling.patches**2, 1)
     try:
-        count = visual_token_count(*size, config, mode)
+        count = visual_token_count(*size, tiling)
     except ValueError as error:
         # Only some sizes of some geometries are refused.
         assert re.search(_REFUSED, str(error))  # noqa: PT017
-        if mode.mode == "pad":
+        if tiling.mode == "pad":
             return
         with pytest.raises(ValueError, match=_REFUSED):
-            merge_tiles(features, size, torch.ones(1), config, mode)
+            merge_tiles(features, size, torch.ones(1), tiling)
         return
-    merged = merge_tiles(features, size, torch.ones(1), config, mode)
-    boxes = visual_token_boxes(*size, config, mode)
+    merged = merge_tiles(features, size, torch.ones(1), tiling)
+    boxes = visual_token_boxes(*size, tiling)
     assert merged.shape == (count, 1)
     # The features are zeros and the newline is one, so the newlines show where they are.
     assert [box is None for box in boxes] == [bool(value) for value in merged[:, 0]]
 
 
-def _merge_by_hand(features: Tensor, size: tuple[int, int], newline: Tensor, config: DvlmConfig) -> Tensor:
+def _merge_by_hand(features: Tensor, size: tuple[int, int], newline: Tensor, tiling: Tiling) -> Tensor:
     """The token order without any tensor trick, for grids that are not scaled down."""
-    side, tile = config.tower.side, config.tower.image_size
-    canvas = choose_grid(*size, config).canvas
+    side, tile = tiling.patches, tiling.tile
+    canvas = choose_grid(*size, tiling.pinpoints).canvas
     across, down = canvas[0] // tile, canvas[1] // tile
     cols, rows = across * side, down * side
     skip_cols = skip_rows = 0
@@ -134,12 +133,11 @@ def _merge_by_hand(features: Tensor, size: tuple[int, int], newline: Tensor, con
 @given(size=st.tuples(st.integers(1, 400), st.integers(1, 400)))
 @settings(deadline=None, max_examples=50)
 def test_unscaled_order_is_base_tile_then_rows_with_newlines(size: tuple[int, int]) -> None:
-    config = GEOMETRIES["no limit"]
-    mode = ImageMode("anyres", True)
-    features = torch.randn(_num_tiles(size, config, mode), config.tower.side**2, 3)
+    tiling = GEOMETRIES["no limit"]
+    features = torch.randn(_num_tiles(size, tiling), tiling.patches**2, 3)
     newline = torch.full((3,), 7.0)
-    merged = merge_tiles(features, size, newline, config, mode)
-    assert torch.equal(merged, _merge_by_hand(features, size, newline, config))
+    merged = merge_tiles(features, size, newline, tiling)
+    assert torch.equal(merged, _merge_by_hand(features, size, newline, tiling))
 
 
 def _position_image(width: int, height: int) -> Image.Image:
@@ -154,26 +152,28 @@ def _position_image(width: int, height: int) -> Image.Image:
     ("mode", "size"),
     [
         *itertools.product(
-            [mode for mode in ALL_MODES if not mode.pooled],
+            [mode for mode in ALL_MODES if not mode[2]],
             [(300, 200), (200, 300), (333, 140), (97, 500), (256, 256), (620, 410)],
         ),
         # Pooling weighs patches unevenly, so there is no telling what a token at the edge of the padding saw. These
         # sizes have none.
-        *itertools.product([ImageMode("anyres", True, pooled=True)], [(300, 300), (300, 600), (600, 300)]),
-        (ImageMode("pad", True, pooled=True), (300, 300)),
+        *itertools.product([("anyres", True, True)], [(300, 300), (300, 600), (600, 300)]),
+        (("pad", True, True), (300, 300)),
     ],
     ids=str,
 )
-def test_a_token_is_made_of_the_pixels_in_its_box(name: str, mode: ImageMode, size: tuple[int, int]) -> None:
+def test_a_token_is_made_of_the_pixels_in_its_box(
+    name: str, mode: tuple[Mode, bool, bool], size: tuple[int, int]
+) -> None:
     """Patches are averaged instead of run through a tower, so a token holds the mean position of the pixels it saw."""
-    config = GEOMETRIES[name]
-    side, patch = config.tower.side, config.tower.patch_size
-    tiles = tile_image(_position_image(*size), config, mode.mode)[:, :, : side * patch, : side * patch]
+    tiling = in_mode(GEOMETRIES[name], *mode)
+    side, patch = tiling.patches, tiling.patch
+    tiles = tile_image(_position_image(*size), tiling)[:, :, : side * patch, : side * patch]
     means = tiles.unfold(2, patch, patch).unfold(3, patch, patch).mean(dim=(-1, -2)).flatten(2).transpose(1, 2)
-    tokens = merge_tiles(means, size, torch.zeros(3), config, mode)
-    padding = -1.0 if mode.mode == "anyres" else 127 / 127.5 - 1
+    tokens = merge_tiles(means, size, torch.zeros(3), tiling)
+    padding = -1.0 if tiling.mode == "anyres" else 127 / 127.5 - 1
     compared = 0
-    for token, box in zip(tokens, visual_token_boxes(*size, config, mode), strict=True):
+    for token, box in zip(tokens, visual_token_boxes(*size, tiling), strict=True):
         image_share = (token[2] - padding) / (1 - padding)
         if box is None or image_share < 0.2:
             continue  # a newline, or hardly anything but padding
@@ -182,14 +182,14 @@ def test_a_token_is_made_of_the_pixels_in_its_box(name: str, mode: ImageMode, si
         # Resize filters and the gradient's bytes blur positions a little; a wrong patch is 5 % off or more.
         assert (centre - seen).abs().max() < 0.03
         compared += 1
-    assert compared >= mode.tile_side(config)
+    assert compared >= tiling.side
 
 
-@given(size=SIZES, config=CONFIGS, mode=MODES)
+@given(size=SIZES, tiling=TILINGS)
 @settings(deadline=None)
-def test_boxes_lie_in_the_image(size: tuple[int, int], config: DvlmConfig, mode: ImageMode) -> None:
+def test_boxes_lie_in_the_image(size: tuple[int, int], tiling: Tiling) -> None:
     try:
-        boxes = visual_token_boxes(*size, config, mode)
+        boxes = visual_token_boxes(*size, tiling)
     except ValueError as error:
         assert re.search(_REFUSED, str(error))  # noqa: PT017
         return
@@ -200,15 +200,14 @@ def test_boxes_lie_in_the_image(size: tuple[int, int], config: DvlmConfig, mode:
 
 def test_line_of_pixels_keeps_its_base_tile_like_the_reference() -> None:
     """Unpadding 1 row to 4 patches leaves none of them: the reference goes on with the base tile alone."""
-    config = GEOMETRIES["tiny"]
-    assert visual_token_count(20_000, 1, config, ImageMode("anyres", newline=True)) == 16
+    assert visual_token_count(20_000, 1, GEOMETRIES["tiny"]) == 16
     # An odd number of patches leaves the middle row.
-    assert visual_token_count(20_000, 1, LLADA_V, ImageMode("anyres", newline=True)) == 729 + 28
+    assert visual_token_count(20_000, 1, LLADA_V) == 729 + 28
 
 
 def test_scaled_to_nothing_is_refused_with_the_size() -> None:
     with pytest.raises(ValueError, match="image of 300x50 is too narrow"):
-        visual_token_count(300, 50, GEOMETRIES["one patch, one tile"], ImageMode("anyres", newline=True))
+        visual_token_count(300, 50, GEOMETRIES["one patch, one tile"])
 
 
 @pytest.mark.parametrize(
@@ -221,10 +220,10 @@ def test_scaled_to_nothing_is_refused_with_the_size() -> None:
     ],
 )
 def test_grid_is_scaled_down_only_from_a_tenth_over_the_limit(size: tuple[int, int], rows: int, cols: int) -> None:
-    config = with_geometry(SO400M_PATCH14_384, "anyres_max_4", [(3, 2)])
-    assert visual_token_count(*size, config, ImageMode("anyres", newline=True)) == 729 + rows * (cols + 1)
+    tiling = with_geometry(SO400M_PATCH14_384, 4, [(3, 2)])
+    assert visual_token_count(*size, tiling) == 729 + rows * (cols + 1)
 
 
 def test_features_of_another_image_are_refused() -> None:
     with pytest.raises(ValueError, match="image of 64x64 has 5 tiles, got features of 3"):
-        merge_tiles(torch.zeros(3, 16, 8), (64, 64), torch.zeros(8), GEOMETRIES["tiny"], ImageMode("anyres", True))
+        merge_tiles(torch.zeros(3, 16, 8), (64, 64), torch.zeros(8), GEOMETRIES["tiny"])

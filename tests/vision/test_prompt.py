@@ -13,13 +13,12 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from golden_data import LAVIDA, LLADA_V, Case, cases, checkpoint_dir
-from redvtp.models.config import load_config
+from redvtp.families.config import load_config
 from redvtp.prompt import (
     IMAGE_MARK,
     build_prompt_tokens,
     chat_prompt,
     load_tokenizer,
-    special_tokens,
     split_prompt,
 )
 
@@ -59,7 +58,7 @@ def test_ids_are_the_references(case: Case) -> None:
 
 
 def test_question_is_trimmed_and_system_can_be_left_out() -> None:
-    prompt = chat_prompt(_tokenizer(), "  Why?\n", 0, system=None)
+    prompt = chat_prompt(_tokenizer(), "  Why?\n", 0, system=False)
     assert prompt == (
         "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nWhy?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -118,7 +117,7 @@ def test_number_of_pieces_must_fit_the_images() -> None:
 def test_special_tokens_of_the_tiny_tokenizer_are_those_of_the_golden_data(
     checkpoint: str, end_ids: tuple[int, ...], suppressed: tuple[int, ...]
 ) -> None:
-    special = special_tokens(_tokenizer(checkpoint), load_config(checkpoint_dir(checkpoint)))
+    special = load_config(checkpoint_dir(checkpoint)).special_tokens(_tokenizer(checkpoint))
     assert (special.mask_id, special.end_ids) == (584, end_ids)
     assert special.suppressed == suppressed
     assert special.placeholder_id == 580
@@ -131,14 +130,14 @@ def test_tokenizer_without_the_special_tokens_is_refused_by_name() -> None:
     )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|startoftext|>", "<|endoftext|>", "<|eot_id|>"]})
     with pytest.raises(ValueError, match=r"lacks 4 special tokens of LLaDA-V: <\|mdm_mask\|>, <\|start_header_id\|>"):
-        special_tokens(tokenizer, load_config(checkpoint_dir("tiny-llada-v")))
+        load_config(checkpoint_dir("tiny-llada-v")).special_tokens(tokenizer)
 
 
 @pytest.mark.parametrize(("key", "token"), [("mask_token_id", None), ("mask_token_id", 594), ("eos_token_id", None)])
 def test_dream_checkpoint_without_its_special_ids_is_refused(key: str, token: int | None) -> None:
     config = load_config(checkpoint_dir("tiny-lavida-dream"), {key: token})
     with pytest.raises(ValueError, match=rf"must have a {key} that the tokenizer has \(of 594 tokens\), got {token}"):
-        special_tokens(_tokenizer("tiny-lavida-dream"), config)
+        config.special_tokens(_tokenizer("tiny-lavida-dream"))
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from redvtp.prompt import DEFAULT_SYSTEM, EOT, MASK, PLACEHOLDER, chat_prompt, split_prompt
+from redvtp.prompt import EOT, MASK, PLACEHOLDER, chat_prompt, split_prompt
 from training.glyphs import Split
 from training.pictures import picture_patches
 from training.v2.draw import render
@@ -86,7 +86,7 @@ def tower_batch(phase: Phase, seed: tuple[int, ...], split: Split) -> TowerBatch
 @cache
 def prompt_pieces(question: str, images: int, system: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Ids before and after the pictures, as the engine splits them. Nothing stands between two pictures."""
-    text = chat_prompt(tokenizer(), question, images, DEFAULT_SYSTEM if system else None)
+    text = chat_prompt(tokenizer(), question, images, system=system)
     before, *between, after = split_prompt(tokenizer(), text, images)
     assert not any(between)
     return tuple(before), tuple(after)

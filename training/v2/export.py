@@ -17,14 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from redvtp.models.loading import checkpoint_name
-from training.export import TOWER_FOLDER, config, preprocessor_config, tower_config
+from redvtp.families.llada_v import LLADA_V
+from training.export import TOWER_FOLDER, config, engine_name, preprocessor_config, tower_config
 from training.v2.evaluate import load_average
 from training.v2.model import SmallDvlm
 from training.v2.vocab import save_tokenizer, special_id
 
-# How `redvtp.models.loading` calls LLaDA-V's tensor names.
-_LAYOUT = "llama"
 _TOWER = "model.vision_tower.vision_tower.vision_model."
 _TRAINING_ONLY = ("attributes.", "hints.", "hint_norm.")
 
@@ -32,7 +30,7 @@ _TRAINING_ONLY = ("attributes.", "hints.", "hint_norm.")
 def checkpoint_tensors(model: SmallDvlm) -> dict[str, Tensor]:
     """Every tensor under LLaDA-V's name, float16."""
     tensors = {
-        checkpoint_name(name, _LAYOUT): parameter.detach().to(torch.float16).contiguous()
+        LLADA_V.weights.theirs(engine_name(name)): parameter.detach().to(torch.float16).contiguous()
         for name, parameter in model.named_parameters()
         if not name.startswith(_TRAINING_ONLY)
     }

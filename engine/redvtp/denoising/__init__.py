@@ -1,1 +1,1 @@
-"""The canvas of a response: how it is laid out, how many tokens a step commits, and which ones."""
+"""The denoising loop: one step for a batch of sequences."""

@@ -1,1 +1,1 @@
-"""`redvtp eval` and `redvtp consistency`: what pruning costs in accuracy, what it saves, how steady it is."""
+"""What pruning costs in accuracy and what it saves, and how steady importance is over the steps."""

@@ -1,12 +1,10 @@
-"""What answers questions, seen from the evaluation, and the embedded engine as one such.
+"""A backend answers a round of questions, several at a time, and hands each answer over as it comes.
 
-A backend answers a round of questions, all of one cell, `concurrency` at a time, and hands each answer over as it
-comes. The other one, a running server, is in `server.py`.
+The embedded engine is here, a running server in `server.py`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -19,11 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer and what it took; or `error`, why the question could not be asked.
+    """One answer and what it took.
 
-    tokens: emitted, an end token or stop string included. latency_s: from the request to the whole answer.
-    visual_tokens, visual_tokens_kept: before and after pruning. kv_blocks, kv_blocks_freed: admitted with the request,
-    and given back in the middle of it.
+    tokens: emitted, an end token or stop string included.
+    latency_s: from the request to the whole answer.
+    visual_tokens, visual_tokens_kept: before and after pruning.
+    kv_blocks: allocated when the request is admitted.
+    kv_blocks_freed: freed before its end.
+    error: why the question could not be asked; the other fields then mean nothing.
     """
 
     text: str = ""
@@ -41,13 +42,14 @@ Take = Callable[[Question, Answer], None]
 
 
 class Backend(Protocol):
-    """Answers the questions of a cell, in any order; calls `take` once for each as it is answered.
+    """Answers the questions of one cell."""
 
-    A question that the model cannot be asked gets an answer with `error`. Raises BadInput when nothing can be asked any
-    more, a server that is gone for one. An exception or interrupt loses only what was under way.
-    """
+    def answer(self, questions: Sequence[Question], take: Take) -> None:
+        """In any order; calls `take` once for each question as it is answered.
 
-    def answer(self, questions: Sequence[Question], take: Take) -> None: ...
+        A question that the model cannot be asked gets an answer with `error`. Raises BadInput when no question can be
+        asked any more, for example because a server is gone. An exception or interrupt loses only unfinished answers.
+        """
 
 
 class EmbeddedBackend:
@@ -57,7 +59,7 @@ class EmbeddedBackend:
         self._engine = engine
 
     def answer(self, questions: Sequence[Question], take: Take) -> None:
-        asked: list[Question] = []
+        taken: list[Question] = []
 
         def requests() -> Iterator[Request]:
             for question in questions:
@@ -66,11 +68,11 @@ class EmbeddedBackend:
                 except ValueError as error:
                     take(question, Answer(error=str(error)))
                     continue
-                asked.append(question)
+                taken.append(question)
                 yield request
 
         for number, generation in self._engine.stream(requests()):
-            take(asked[number], _answer(generation))
+            take(taken[number], _answer(generation))
 
 
 def request_of(question: Question, engine: LocalEngine) -> Request:
@@ -99,14 +101,3 @@ def _answer(generation: Generation) -> Answer:
         kv_blocks=first.kv_blocks + first.blocks_freed,
         kv_blocks_freed=sum(step.blocks_freed for step in generation.steps),
     )
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started

@@ -1,27 +1,38 @@
-"""What is compared: every cell is a pruning policy, a keep ratio and a cache mode, and is asked every question.
+"""What is compared. A cell is a pruning policy, a keep ratio and a cache mode; every question goes to every cell.
 
-Dense (`none`, keeping everything) is always among the cells of a cache mode, since all others are compared with it. A
-policy that keeps everything is dense token for token (a test of the engine says so), so ratio 1 is run once, as dense.
-A policy with a budget of its own is run once too, whatever the ratios are.
+Dense (`none`, which keeps everything) is a cell of each cache mode, since all others are compared with it. Ratio 1 runs
+once, as dense: a policy that keeps everything gives dense's tokens, which a test of the engine verifies. A policy that
+sets its budget by itself runs once too, whatever the ratios are.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from redvtp.evaluation.tasks import Task
+from redvtp.evaluation.tasks import LENGTHS, Task
 from redvtp.params import DenoisingParams, PruningParams
+from redvtp.presets import PRESET_TABLE
 
-# Policies that keep_ratio has no say in: what they keep follows from something else.
-OWN_BUDGET = frozenset({"zipvl", "layer-skip"})
+# Parameters that a cell sets; all others are the same for every question.
+_OF_CELL = {"cache", "preset", "keep_ratio"}
+
+
+def has_own_budget(preset: str) -> bool:
+    """Whether a preset decides by itself how much is kept, so that keep_ratio changes nothing."""
+    return preset in PRESET_TABLE and PRESET_TABLE[preset].own_budget
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """policy: a preset of PruningParams. keep_ratio: 1.0 where the policy is `none`, None where it has a budget of its
-    own."""
+    """One column of a comparison.
+
+    policy: a preset of PruningParams.
+    keep_ratio: 1.0 for `none`, None for a policy that sets its budget by itself.
+    cache: of DenoisingParams.
+    """
 
     policy: str
     keep_ratio: float | None
@@ -40,18 +51,20 @@ class Cell:
         """What its accuracy is compared with: dense with the same cache; for that, dense without a cache."""
         if self.dense and self.cache == "none":
             return None
-        return Cell("none", 1.0, "none" if self.dense else self.cache)
+        return replace(DENSE, cache="none" if self.dense else self.cache)
 
-    def pruning(self, positions: str) -> PruningParams:
-        """What a request of this cell asks for."""
-        if self.keep_ratio is None:
-            return PruningParams(self.policy, positions=positions)
-        return PruningParams(self.policy, self.keep_ratio, positions)
+    def pruning(self, shared: PruningParams) -> PruningParams:
+        """The parameters of a request of this cell. shared: those that no cell sets."""
+        pruning = replace(shared, preset=self.policy)
+        return pruning if self.keep_ratio is None else replace(pruning, keep_ratio=self.keep_ratio)
+
+
+DENSE = Cell("none", 1.0, "none")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One task in one cell, ready to be asked."""
+    """One task in one cell: a complete request but for its images."""
 
     task: Task
     cell: Cell
@@ -65,14 +78,24 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What all questions share. The lengths are those of the command line; None leaves them to the task."""
+    """What all questions share.
+
+    denoising, pruning: parameters; those that a cell sets are replaced.
+    gen_length, block_length, steps: go before a task's lengths; None leaves them to the task.
+    seed: with a task's id, the seed of its requests.
+    """
 
     denoising: DenoisingParams
+    pruning: PruningParams = field(default_factory=PruningParams)
     gen_length: int | None = None
     block_length: int | None = None
     steps: int | None = None
-    positions: str = "compact"
     seed: int = 0
+
+    def configuration(self) -> dict[str, Any]:
+        """Every parameter that must be the same for all answers in one folder, by name. Cells may be added."""
+        parameters = asdict(self.denoising) | asdict(self.pruning) | {name: getattr(self, name) for name in LENGTHS}
+        return {name: value for name, value in parameters.items() if name not in _OF_CELL} | {"seed": self.seed}
 
 
 def cells(policies: Sequence[str], keep_ratios: Sequence[float], caches: Sequence[str]) -> list[Cell]:
@@ -83,15 +106,16 @@ def cells(policies: Sequence[str], keep_ratios: Sequence[float], caches: Sequenc
             raise ValueError("policy external needs an importance for each question, which task files do not hold")
     for ratio in keep_ratios:
         PruningParams(keep_ratio=ratio)
+    for cache_mode in caches:
+        DenoisingParams(cache=cache_mode)
     found: dict[Cell, None] = {}
-    for cache in caches:
-        DenoisingParams(cache=cache)
-        found[Cell("none", 1.0, cache)] = None
+    for cache_mode in caches:
+        found[Cell("none", 1.0, cache_mode)] = None
         for policy in policies:
-            if policy in OWN_BUDGET:
-                found[Cell(policy, None, cache)] = None
+            if has_own_budget(policy):
+                found[Cell(policy, None, cache_mode)] = None
             elif policy != "none":
-                found |= dict.fromkeys(Cell(policy, float(ratio), cache) for ratio in keep_ratios if ratio < 1)
+                found |= dict.fromkeys(Cell(policy, float(ratio), cache_mode) for ratio in keep_ratios if ratio < 1)
     return list(found)
 
 
@@ -101,16 +125,16 @@ def questions(tasks: Iterable[Task], cell: Cell, settings: Settings) -> list[Que
 
 
 def _question(task: Task, cell: Cell, settings: Settings) -> Question:
-    lengths = {name: getattr(settings, name) or getattr(task, name) for name in ("gen_length", "block_length", "steps")}
+    lengths = {name: getattr(settings, name) or getattr(task, name) for name in LENGTHS}
     try:
         denoising = replace(
             settings.denoising,
             **{**lengths, "gen_length": lengths["gen_length"] or DenoisingParams().gen_length},
             cache=cell.cache,
-            # From the task alone: the same for every cell and wherever it runs, but not the same for every task, or
-            # `random` would drop the same places of every image.
+            # From the task alone, so the same in every cell and on every machine. Different tasks get different
+            # seeds, or `random` would drop the same places of every image.
             seed=zlib.crc32(f"{settings.seed}:{task.id}".encode()),
         )
     except ValueError as error:
         raise ValueError(f"line {task.line} of the task file cannot be asked with these flags: {error}") from error
-    return Question(task, cell, denoising, cell.pruning(settings.positions))
+    return Question(task, cell, denoising, cell.pruning(settings.pruning))

@@ -1,6 +1,6 @@
-"""Pictures of an evaluation: accuracy against keep ratio and against latency; and how steady importance is over steps.
+"""Pictures of an evaluation: accuracy against keep ratio and against latency; how steady importance is over steps.
 
-They need matplotlib (`pip install 'vllm-redvtp[eval]'`); the numbers are those of summary.json and consistency.json.
+They need matplotlib (`pip install 'vllm-redvtp[eval]'`). The numbers are those of summary.json and consistency.json.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# No display is there on a server, and none is needed.
+# Works without a display.
 matplotlib.use("Agg")
 
 _COLORS = {"none": "black", "redvtp": "tab:red", "random": "tab:gray", "uniform": "tab:blue"}
@@ -68,7 +68,7 @@ Panel = Sequence[tuple[dict[str, Any], dict[str, Any]]]
 
 def _keep_ratio_panel(axis: Axes, cells: Panel) -> None:
     for number, (policy, cache, points) in enumerate(_curves(cells)):
-        # Side by side, or intervals of policies that score alike hide each other.
+        # Shifted, or the intervals of policies that score alike hide each other.
         axis.errorbar(
             [_kept(cell, part) * 100 + 0.5 * number * (policy != "none") for cell, part in points],
             *_accuracies([part for _, part in points]),
@@ -93,21 +93,21 @@ def _latency_panel(axis: Axes, cells: Panel) -> None:
 
 
 def _curves(cells: Panel) -> Iterator[tuple[str, str, Panel]]:
-    """(policy, cache, points by keep ratio); a policy's curve ends in dense, and one with a budget of its own has a
-    single point. What matters most comes last, on top."""
+    """(policy, cache, points by keep ratio). A policy's curve ends in dense; one that sets its budget by itself is a
+    single point. Dense comes last, on top."""
     for cache in dict.fromkeys(cell["cache"] for cell, _ in cells):
         here = [(cell, part) for cell, part in cells if cell["cache"] == cache]
         dense = [(cell, part) for cell, part in here if cell["policy"] == "none"]
         policies = dict.fromkeys(cell["policy"] for cell, _ in here if cell["policy"] != "none")
         for policy in reversed(policies):
             points = [(cell, part) for cell, part in here if cell["policy"] == policy]
-            own = any(cell["keep_ratio"] is None for cell, _ in points)
-            yield policy, cache, points if own else sorted([*points, *dense], key=lambda point: _kept(*point))
+            one_point = any(cell["keep_ratio"] is None for cell, _ in points)
+            yield policy, cache, points if one_point else sorted([*points, *dense], key=lambda point: _kept(*point))
         yield "none", cache, dense
 
 
 def _kept(cell: dict[str, Any], part: dict[str, Any]) -> float:
-    """Share of the visual tokens: what was asked for, or what the policy made of them by itself."""
+    """Share of the visual tokens: the keep ratio, or what a policy without one kept."""
     ratio = cell["keep_ratio"]
     if ratio is None:
         return float(part["visual_tokens_kept"] / part["visual_tokens"]) if part["visual_tokens"] else 1.0

@@ -1,6 +1,6 @@
 """A running `vllm serve` as a backend, over the OpenAI chat API with `concurrency` clients at a time.
 
-Every knob is sent with every request, so the server's own defaults have no part in the answers.
+Every parameter with a value is sent with every request, so the server's defaults do not change the answers.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -16,21 +17,25 @@ from typing import Any
 import openai
 from PIL import Image
 
-from redvtp.evaluation.backends import Answer, Stopwatch, Take
+from redvtp.errors import BadInput
+from redvtp.evaluation.backends import Answer, Take
 from redvtp.evaluation.grid import Question
-from redvtp.flags import BadInput
-from redvtp.params import DenoisingParams
+from redvtp.params import DenoisingParams, PruningParams
 
-# A canvas is whole or not there, and a long one on a busy CPU takes its time.
+# An answer comes whole; a long one on a busy CPU takes minutes.
 TIMEOUT_SECONDS = 1800
-# Refusals that are about this request. All others are about the server or the account, and the next one would get them.
+# Refusals of one request. All others concern the server or the account, and would meet the next request too.
 _ABOUT_THE_REQUEST = {400, 413, 422}
-# They go under the API's own names, and the suffix is refused by `redvtp eval`.
+# Sent under the API's names; `redvtp eval` refuses a suffix.
 _NO_KNOBS = {"gen_length", "temperature", "seed", "stop", "ignore_eos", "suffix"}
 
 
 class ServerBackend:
-    """url: of the server, with or without /v1. model: the served name; None takes the first one the server has.
+    """A server's OpenAI API.
+
+    url: of the server, with or without /v1.
+    model: the served name; None takes the first one the server has.
+    concurrency: clients at a time.
 
     `OPENAI_API_KEY` is sent if it is set. Raises BadInput when the server cannot be reached or has no such model.
     """
@@ -57,7 +62,7 @@ class ServerBackend:
         try:
             asyncio.run(self._answer(questions, take))
         except ExceptionGroup as group:
-            # One client's failure ends the others; theirs are cancellations, which a group leaves out.
+            # One client's failure cancels the others; a group leaves cancellations out.
             raise group.exceptions[0] from group
 
     async def _answer(self, questions: Sequence[Question], take: Take) -> None:
@@ -72,7 +77,7 @@ class ServerBackend:
 
     async def _ask(self, api: openai.AsyncOpenAI, question: Question) -> Answer:
         request = chat_request(question)
-        watch = Stopwatch()
+        began = time.perf_counter()
         try:
             response = await api.chat.completions.create(model=self.model, **request)
         except openai.APIStatusError as error:
@@ -81,7 +86,7 @@ class ServerBackend:
             raise self._lost(error) from error
         except openai.OpenAIError as error:
             raise self._lost(error) from error
-        seconds = watch.seconds
+        seconds = time.perf_counter() - began
         report = ((response.model_extra or {}).get("kv_transfer_params") or {}).get("redvtp")
         if report is None:
             raise BadInput(f"the server at {self.url} sent no redvtp report; start it with --plugin redvtp")
@@ -105,9 +110,11 @@ def chat_request(question: Question) -> dict[str, Any]:
     denoising, pruning = question.denoising, question.pruning
     given = {field.name: getattr(denoising, field.name) for field in fields(DenoisingParams)}
     given |= {"block_length": denoising.resolved_block_length, "steps": denoising.resolved_steps}
-    # JSON has a null, but vLLM takes none here. Steps that are asked for stand against a server's confidence rule.
-    knobs = {name: value for name, value in given.items() if name not in _NO_KNOBS and value is not None}
-    knobs |= {"pruning": pruning.preset, "keep_ratio": pruning.keep_ratio, "positions": pruning.positions}
+    knobs = {name: value for name, value in given.items() if name not in _NO_KNOBS}
+    knobs |= {field.name: getattr(pruning, field.name) for field in fields(PruningParams)}
+    knobs["pruning"] = knobs.pop("preset")
+    # JSON has a null, but vLLM takes none here. Sending `steps` switches a server's confidence rule off.
+    knobs = {name: value for name, value in knobs.items() if value not in (None, ())}
     knobs["report"] = "summary"
     content: list[dict[str, Any]] = [
         {"type": "image_url", "image_url": {"url": data_url(path)}} for path in question.task.images
@@ -127,14 +134,14 @@ def chat_request(question: Question) -> dict[str, Any]:
 
 
 def data_url(path: Path) -> str:
-    """The image file as it is, inside a URL."""
+    """The unchanged bytes of an image file, as a data URL."""
     with Image.open(path) as image:
         kind = image.get_format_mimetype() or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _reason(error: openai.OpenAIError) -> str:
-    """The server's own sentence where it sent one."""
+    """The server's message if it sent one."""
     body = getattr(error, "body", None)
     if isinstance(body, dict) and isinstance(body.get("message"), str):
         return str(body["message"])

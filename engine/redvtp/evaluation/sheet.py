@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Pixels across of each picture: narrower ones are enlarged, so that the label fits and patches can be told apart.
+# Pixels across of each picture: narrower ones are enlarged, so that the label fits and patches are visible.
 WIDTH = 240
 _FONT_SIZE = 15
 _LINE = 19
@@ -16,7 +16,7 @@ _GAP = 10
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """label: the lines above the picture."""
+    """A picture with a label. label: the lines above the picture."""
 
     picture: Image.Image
     label: tuple[str, ...]

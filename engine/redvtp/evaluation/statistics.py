@@ -24,9 +24,12 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class PairedDifference:
-    """How many of the same questions went the other way, and the difference of the shares, in [-1, 1].
+    """Two shares of right answers over the same questions.
 
-    gained, lost: right only now, right only before. p_value: McNemar's exact test.
+    gained: right only now.
+    lost: right only before.
+    difference: of the shares, in [-1, 1], with its interval [low, high].
+    p_value: McNemar's exact test.
     """
 
     pairs: int
@@ -39,7 +42,7 @@ class PairedDifference:
 
 
 def share(correct: int, total: int) -> Share:
-    """Raises ValueError for no questions at all: they have no share."""
+    """Raises ValueError for no questions: they have no share."""
     if total < 1:
         raise ValueError("a share of no questions")
     interval = binomtest(correct, total).proportion_ci(CONFIDENCE, method="wilson")
@@ -50,7 +53,7 @@ def paired_difference(now: Sequence[bool], before: Sequence[bool]) -> PairedDiff
     """The share of `now` minus that of `before`; both hold one entry for each question, in the same order.
 
     The interval is Newcombe's (Statistics in Medicine 17, 1998, method 10): Wilson's intervals of both shares, joined
-    by their correlation. Unlike a bootstrap it does not claim certainty where the few questions asked all agree.
+    by their correlation. Unlike a bootstrap it claims no certainty where few questions all agree.
     """
     both = sum(a and b for a, b in zip(now, before, strict=True))
     gained = sum(a and not b for a, b in zip(now, before, strict=True))
@@ -62,7 +65,7 @@ def paired_difference(now: Sequence[bool], before: Sequence[bool]) -> PairedDiff
     difference = first.share - second.share
     down, up = _joined(first, second, phi), _joined(second, first, phi)
     p_value = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    # max, min: where nothing differs, rounding could put the difference outside its interval by a last bit.
+    # max, min: if nothing differs, rounding could put the difference outside its interval by the last bit.
     low, high = max(-1.0, min(difference - down, difference)), min(1.0, max(difference + up, difference))
     return PairedDifference(total, gained, lost, difference, low, high, float(p_value))
 
@@ -79,6 +82,6 @@ def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
 
 
 def _joined(minuend: Share, subtrahend: Share, phi: float) -> float:
-    """How far the difference may lie below its estimate: the one down to its low, the other up to its high end."""
+    """How far the difference may lie below its estimate: the minuend at its low end, the subtrahend at its high end."""
     down, up = minuend.share - minuend.low, subtrahend.high - subtrahend.share
     return sqrt(max(down**2 - 2 * phi * down * up + up**2, 0.0))

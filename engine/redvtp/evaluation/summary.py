@@ -22,8 +22,9 @@ Row = dict[str, Any]
 def summarize(rows: Iterable[Row], cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One entry for each cell that has rows, in the order of `cells`; rows of other cells are left out.
 
-    Fields: those of Cell; `tokens_per_second`, `answers_per_second` (None where nothing was timed); and `all`,
-    `groups`, `tasks`, each with what `_part` tells about these questions.
+    Each has the fields of Cell, and:
+    tokens_per_second, answers_per_second: None if nothing was timed.
+    all, groups, tasks: the numbers of `_part` for these questions.
     """
     by_cell: dict[Cell, dict[str, Row]] = defaultdict(dict)
     for row in rows:
@@ -65,9 +66,9 @@ def _busy_seconds(rows: Iterable[Row]) -> float:
 
 
 def _part(rows: dict[str, Row], baseline: dict[str, Row]) -> dict[str, Any]:
-    """exact_match, and versus the baseline over the questions that both answered; medians and means per question.
+    """exact_match, its difference to the baseline over the questions that both answered, and means per question.
 
-    A question that could not be asked counts as wrong, and in `errors`; it has no part in the other numbers.
+    A question that could not be asked counts as wrong, and in `errors`; other numbers leave it out.
     """
     shared = [key for key in rows if key in baseline]
     versus = None

@@ -1,12 +1,17 @@
 """The report of an evaluation as Markdown tables that also line up in a terminal.
 
-Accuracy and speed of a cell come from the same run and stand in the same row.
+Accuracy and speed in a row come from the same run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
+
+import tabulate
+
+# Heads get no extra room: the tables are wide.
+tabulate.MIN_PADDING = 0
 
 _NOTE = (
     "Exact match after normalisation, with Wilson's 95 % interval; against dense with the same cache (dense with a "
@@ -22,20 +27,20 @@ def report(title: str, facts: Iterable[str], cells: Sequence[dict[str, Any]]) ->
         "",
         *(f"* {fact}" for fact in facts),
         "",
-        *aligned(_HEAD, map(_row, cells), _NAMES),
+        aligned(_HEAD, map(_row, cells), _NAMES),
         "",
         _NOTE,
         "",
     ]
     for kind in ("groups", "tasks"):
         names = list(dict.fromkeys(name for cell in cells for name in cell[kind]))
-        # One task, and nothing else: its table is the one above.
+        # With one task, its table is the one above.
         if kind == "tasks" and len(names) < 2:
             continue
         for name in names:
             lines += [f"## {kind.removesuffix('s').capitalize()} {name}", ""]
             rows = (_part_row(cell, cell[kind][name]) for cell in cells if name in cell[kind])
-            lines += [*aligned(_PART_HEAD, rows, _NAMES), ""]
+            lines += [aligned(_PART_HEAD, rows, _NAMES), ""]
     return "\n".join(lines)
 
 
@@ -85,7 +90,7 @@ def _accuracy(cell: dict[str, Any], part: dict[str, Any]) -> list[str]:
 
 
 def shown_ratio(keep_ratio: float | None) -> str:
-    """In percent; `own` stands for a policy with a budget of its own."""
+    """In percent; `own` stands for a policy that sets its budget by itself."""
     if keep_ratio is None:
         return "own"
     return f"{keep_ratio:.0%}" if round(keep_ratio * 100, 6) % 1 == 0 else f"{keep_ratio:.1%}"
@@ -107,15 +112,7 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def aligned(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str]) -> list[str]:
-    """The lines of a Markdown table. left: the columns, by their heads, that do not line up on the right."""
-    table = [list(head), *map(list, rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        entries = zip(head, row, widths, strict=True)
-        return f"| {' | '.join(e.ljust(width) if name in left else e.rjust(width) for name, e, width in entries)} |"
-
-    columns = zip(head, widths, strict=True)
-    rule = ["-" * width if name in left else "-" * (width - 1) + ":" for name, width in columns]
-    return [line(table[0]), line(rule), *map(line, table[1:])]
+def aligned(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str]) -> str:
+    """A Markdown table that also lines up in a terminal. left: the heads of the columns that are not numbers."""
+    alignment = ["left" if name in left else "right" for name in head]
+    return tabulate.tabulate(rows, head, "pipe", colalign=alignment, disable_numparse=True)

@@ -1,10 +1,11 @@
-"""Questions with known answers, read from JSON lines in the style of lmms-eval.
+"""Questions with known answers, read from JSON lines in the style of lmms-eval, and when an answer is right.
 
     {"id": "box-17", "image": "images/17.png", "question": "Which digit is in the red box?", "answer": "7",
      "task": "digit_of_color", "group": "short", "gen_length": 2}
 
-Image paths are relative to the file. Files of other tools are read as they are, by the spellings in `SPELLINGS`; fields
-without a meaning here are ignored. What is wrong with a line is said before any model is loaded, with its number.
+Image paths are relative to the file. Files of other tools are read unchanged, by the spellings in `SPELLINGS`; other
+fields are ignored. A bad line is refused by its number before any model is loaded. An answer is right if it matches
+exactly, after a normalisation that ignores case, space and final punctuation.
 """
 
 from __future__ import annotations
@@ -12,14 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-
-from redvtp.prompt import IMAGE_MARK
 
 # What is read as what; where a line has several of a row, the first one counts.
 SPELLINGS = {
@@ -30,15 +29,20 @@ SPELLINGS = {
     "task": ("task", "task_name"),
 }
 LENGTHS = ("gen_length", "block_length", "steps")
-# Errors told at once; a file of the wrong kind has one on every line.
+# Errors in one message; a file of the wrong kind has one on every line.
 MAX_ERRORS = 5
+FINAL_PUNCTUATION = ".,;:!?"
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One question. line: its line in the file, from 1. name: the task it counts for. group: of tasks, if any.
+    """One question.
 
-    answers: any of them is right. gen_length, block_length, steps: what the answer needs; None leaves it to the flags.
+    line: its line in the file, from 1.
+    name: the task it counts for.
+    group: of tasks, if any.
+    answers: any of them is right.
+    gen_length, block_length, steps: what the answer needs; None leaves it to the flags.
     """
 
     line: int
@@ -55,7 +59,10 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class TaskFile:
-    """digest: changes with any byte of the file and with the size of any image."""
+    """The tasks of a file, in order.
+
+    digest: changes with any byte of the file and with the size of any image.
+    """
 
     path: Path
     digest: str
@@ -63,7 +70,7 @@ class TaskFile:
 
 
 def read_tasks(path: str | Path) -> TaskFile:
-    """All tasks of a file, in order. Raises ValueError naming the lines that are no task, and why."""
+    """All tasks of a file. Raises ValueError naming the lines that are no task, and why."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -99,6 +106,20 @@ def read_tasks(path: str | Path) -> TaskFile:
     return TaskFile(path, digest.hexdigest(), tuple(tasks))
 
 
+def normalize(text: str) -> str:
+    """Case folded, white space at the ends removed and elsewhere one space, punctuation at the end removed.
+
+    An answer of nothing but punctuation stays unchanged.
+    """
+    words = " ".join(text.casefold().split())
+    return words.rstrip(FINAL_PUNCTUATION + " ") or words
+
+
+def is_right(answer: str, accepted: Iterable[str]) -> bool:
+    """Whether `answer` is one of the accepted ones, normalised."""
+    return normalize(answer) in {normalize(text) for text in accepted}
+
+
 def _task(number: int, line: str, path: Path) -> Task:
     try:
         fields = json.loads(line)
@@ -128,6 +149,9 @@ def _question(fields: dict[str, Any], images: int) -> str:
     question = _of(fields, "question")
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"needs a question (a text under one of {', '.join(SPELLINGS['question'])})")
+    # Here, not above: transformers takes a second to import, and a file that is not there is refused before.
+    from redvtp.prompt import IMAGE_MARK
+
     # Many data sets carry the marks in front of the question, where the prompt template puts them anyway.
     question = re.sub(rf"^\s*(?:{re.escape(IMAGE_MARK)}\s*){{0,{images}}}", "", question)
     if IMAGE_MARK in question:

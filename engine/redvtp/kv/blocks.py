@@ -23,14 +23,15 @@ def slots_of(block_table: Tensor, start: int, end: int, block_size: int) -> Tens
     return block_table[logical // block_size] * block_size + logical % block_size
 
 
-def slots_of_all(
-    block_tables: list[list[int]], lengths: list[int], block_size: int, device: torch.device
-) -> list[Tensor]:
-    """Slots [length] of the first tokens of each sequence of a batch: `slots_of`, a few operations for all of them."""
-    blocks = torch.tensor([block for table in block_tables for block in table], dtype=torch.int64, device=device)
-    slots = (blocks[:, None] * block_size + torch.arange(block_size, device=device)).view(-1)
-    parts = slots.split([len(table) * block_size for table in block_tables])
-    return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+def padded_block_tables(tables: list[list[int]], device: torch.device) -> Tensor:
+    """[sequences, blocks] int64, each padded with 0."""
+    widest = max(map(len, tables))
+    return torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int64, device=device)
+
+
+def slots_of_tables(tables: Tensor, block_size: int) -> Tensor:
+    """[sequences, blocks * block_size] int64, the slots of block tables [sequences, blocks]."""
+    return (tables[:, :, None] * block_size + torch.arange(block_size, device=tables.device)).flatten(1)
 
 
 class BlockPool:

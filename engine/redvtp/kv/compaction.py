@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from redvtp.kv.blocks import slots_of
-from redvtp.kv.cache import KVPages
-from redvtp.models.rotary import Rotary
+from redvtp.kv.pages import KVPages
+from redvtp.kv.rotary import Rotary
 
 
 @dataclass(frozen=True, slots=True)
 class CompactionPlan:
-    """sources, destinations: [moved] int64 slots. shift: [moved] int64, new position minus old position of each row."""
+    """sources, destinations: [moved] int64 slots.
+    shift: [moved] int64, new position minus old position of each row."""
 
     sources: Tensor
     destinations: Tensor
@@ -51,7 +52,7 @@ def joined(plans: list[CompactionPlan]) -> CompactionPlan:
 
 
 def compact_each(cache: KVPages, plans: list[tuple[range, CompactionPlan]], rotary: Rotary) -> None:
-    """Apply plans of different sequences, each to its own layers; those with the same layers together."""
+    """Apply plans of different sequences, each to its layers; those with the same layers together."""
     for layers in dict.fromkeys(layers for layers, _ in plans):
         compact(cache, joined([plan for own, plan in plans if own == layers]), rotary, layers)
 

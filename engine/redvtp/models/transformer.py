@@ -1,21 +1,20 @@
 """The language model of every family: a Llama-shaped transformer without a causal mask, over packed tokens.
 
-LLaDA's and Dream's differ in names and in biases only; `redvtp.models.loading` knows the names, the shape the biases.
+Families differ in tensor names and in biases only: the family's weight names and `LanguageConfig` say how.
 
-Attention is handed in for each step (see redvtp.attention), so the model knows nothing of pages, batches or pruning.
-The linears are plain `nn.Linear`s; tensor parallelism and quantisation swap them from outside by `TP_PLAN`.
+Attention is an argument of each step (see redvtp.attention), so the model is independent of pages, batches and
+pruning. The linears are plain `nn.Linear`s; tensor parallelism and quantisation replace them by `TP_PLAN`.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from redvtp.attention.batch import Attention
-from redvtp.models.rotary import Rotary, apply_rotary
+from redvtp.attention.interface import LayerAttention
+from redvtp.families.language import LanguageConfig
+from redvtp.kv.rotary import Rotary, apply_rotary
 
 # How each linear of a layer splits over tensor-parallel ranks, by its leaf name.
 TP_PLAN: dict[str, str] = {
@@ -27,31 +26,6 @@ TP_PLAN: dict[str, str] = {
     "up_proj": "colwise",
     "down_proj": "rowwise",
 }
-
-
-class TransformerShape(Protocol):
-    """The sizes a language model is built from."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_hidden_layers(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def num_key_value_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def rms_norm_eps(self) -> float: ...
-    @property
-    def rope_theta(self) -> float: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def qkv_bias(self) -> bool: ...
 
 
 class RmsNorm(nn.Module):
@@ -68,10 +42,9 @@ class RmsNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Projections of one attention layer. Head counts follow from the projections' widths, so a rank needs no special
-    case."""
+    """Projections of one attention layer. Head counts follow from the projections' widths, which ranks may split."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: LanguageConfig) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
         width, kv_width = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -80,7 +53,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: LayerAttention) -> Tensor:
         tokens = hidden.shape[0]
         query = apply_rotary(self.q_proj(hidden).view(tokens, -1, self.head_dim), cos, sin)
         key = apply_rotary(self.k_proj(hidden).view(tokens, -1, self.head_dim), cos, sin)
@@ -92,7 +65,7 @@ class SelfAttention(nn.Module):
 class GatedMlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: LanguageConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
@@ -107,14 +80,14 @@ class GatedMlp(nn.Module):
 class TransformerLayer(nn.Module):
     """Pre-norm attention and MLP with residuals."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: LanguageConfig) -> None:
         super().__init__()
         self.input_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = SelfAttention(shape)
         self.post_attention_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = GatedMlp(shape)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: Attention) -> Tensor:
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: LayerAttention) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, layer, attention)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output
@@ -123,7 +96,7 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     """Embedding, layers, final norm and head."""
 
-    def __init__(self, shape: TransformerShape) -> None:
+    def __init__(self, shape: LanguageConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(TransformerLayer(shape) for _ in range(shape.num_hidden_layers))
@@ -131,10 +104,12 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta)
 
-    def forward(self, hidden: Tensor, positions: Tensor, attention: Attention, layers: range | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, positions: Tensor, attention: LayerAttention, layers: range | None = None
+    ) -> Tensor:
         """hidden [tokens, hidden] input embeddings, positions [tokens] -> [tokens, hidden], before the final norm.
 
-        layers: a stretch of the layers; all but the first one take what another stretch has put out.
+        layers: a range of the layers; a later range takes the output of the one before. None: all layers.
         """
         cos, sin = (angle.to(hidden.dtype) for angle in self.rotary.angles(positions))
         for index in layers if layers is not None else range(len(self.layers)):

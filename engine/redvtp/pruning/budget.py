@@ -1,19 +1,15 @@
-"""How many visual tokens stay, and which.
+"""How many visual tokens stay, and two ways to pick them.
 
-Shares are always of the tokens a request came with, so that several prunings end where a single one would. With the
-scope `image` every image is a request of its own in this.
+Shares are of the tokens a request came with, so several prunings end where a single one would. With the scope `image`
+each image has a budget.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from redvtp.pruning.policy import Policy
 
 
 def tokens_to_keep(visual: int, keep_ratio: float) -> int:
@@ -43,29 +39,3 @@ def smallest_holding(importance: Tensor, mass: float) -> int:
     (ZipVL, arXiv 2410.08584, the rule for one layer's important tokens)."""
     held = importance.double().sort(descending=True).values.cumsum(0)
     return min(importance.numel(), int((held < mass * held[-1]).sum()) + 1)
-
-
-def survivors(policy: Policy, share: float, importance: Tensor, image_of: Tensor, images: Sequence[int]) -> Tensor:
-    """Which of the visual tokens that are left stay in a pruning.
-
-    share: of the tokens there were at first. importance: [visual] float32. image_of: [visual] int64, the image each is
-    of. images: how many each image had at first.
-    Returns [kept] int64, ascending.
-    """
-    if policy.scope == "all":
-        return _of_one(policy, share, importance, sum(images))
-    kept = []
-    for image, total in enumerate(images):
-        own = (image_of == image).nonzero()[:, 0]
-        kept.append(own[_of_one(policy, share, importance[own], total)])
-    return torch.cat(kept)
-
-
-def _of_one(policy: Policy, share: float, importance: Tensor, total: int) -> Tensor:
-    if policy.mass is None:
-        count = tokens_to_keep(total, share)
-    else:
-        least, most = tokens_to_keep(total, policy.min_share), tokens_to_keep(total, policy.max_share)
-        count = max(least, min(most, smallest_holding(importance, policy.mass)))
-    count = min(count, importance.numel())
-    return evenly_spaced(importance.numel(), count) if policy.source == "uniform" else most_important(importance, count)

@@ -1,85 +1,67 @@
-"""From images to visual tokens, the tower run once for each: over all new images together, and not for one it has seen.
-
-What the language model reads of an image depends on its pixels and on how it is tiled, never on the request. So visual
-tokens are remembered by content, within a number of bytes; the least recently used go first.
-"""
+"""The vision module for tiled images: SigLIP tower, projector and newline token."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from redvtp.models.dvlm import Dvlm
-from redvtp.vision.tiling import ImageMode
+from redvtp.vision.geometry import TowerConfig
+from redvtp.vision.media import MediaItem, VisionModule
+from redvtp.vision.merge import merge_tiles
+from redvtp.vision.tiled import TiledImage
+from redvtp.vision.tower import VisionTower
 
-DEFAULT_CACHE_BYTES = 256 << 20
-
-
-def content_digest(image: Image.Image) -> bytes:
-    """[32] bytes that are equal for equal pixels only. A client's own name for an image would not do: it may lie."""
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    return hashlib.sha256(b"%d %d " % rgb.size + rgb.tobytes()).digest()
+# Tiles the tower takes in one call, so that its memory does not grow with the number of images that come together.
+TILES_AT_ONCE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class ImageInput:
-    """digest: see `content_digest`. tiles: gives [tiles, 3, tile, tile] float32, if it is asked. size: (width, height)
-    in pixels."""
+class TiledEncoder(VisionModule):
+    """Tiles of all items through the tower and the projector together, then each item's tokens merged.
 
-    digest: bytes
-    tiles: Callable[[], Tensor]
-    size: tuple[int, int]
-    mode: ImageMode
+    select_layer: hidden state of the tower whose features are used; -1 is the output of the last layer.
+    hidden_size: width of the language model.
+    largest: treatment of the items that have the most tiles.
+    """
 
-    @property
-    def key(self) -> tuple[bytes, ImageMode]:
-        return self.digest, self.mode
+    def __init__(self, tower: TowerConfig, select_layer: int, hidden_size: int, largest: TiledImage) -> None:
+        super().__init__()
+        self.tower = VisionTower(tower, select_layer)
+        # The exact (erf) GELU, unlike the tower's tanh form (reference: the builder of mlp2x_gelu projectors).
+        self.projector = nn.Sequential(
+            nn.Linear(tower.hidden_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.newline = nn.Parameter(torch.empty(hidden_size))
+        self._largest = largest
 
+    def encode(self, items: Sequence[MediaItem]) -> list[Tensor]:
+        """Visual tokens [visual, hidden] of each item. Items must have a `TiledImage` treatment."""
+        if not items:
+            return []
+        pixels = [item.inputs() for item in items]
+        features = torch.cat([self.tile_features(tiles) for tiles in torch.cat(pixels).split(TILES_AT_ONCE)])
+        parts = features.split([tiles.shape[0] for tiles in pixels])
+        return [self._merge(part, item) for part, item in zip(parts, items, strict=True)]
 
-class ImageEncoder:
-    """The vision path of one model. cache_bytes: visual tokens that are remembered; 0 remembers nothing."""
+    def tile_features(self, tiles: Tensor) -> Tensor:
+        """Tiles [tiles, 3, tile, tile] to features [tiles, patches * patches, hidden]."""
+        features: Tensor = self.projector(self.tower(tiles.to(self.newline.device, self.newline.dtype)))
+        return features
 
-    def __init__(self, model: Dvlm, cache_bytes: int = DEFAULT_CACHE_BYTES) -> None:
-        self._model = model
-        self._cache_bytes = cache_bytes
-        self._remembered: OrderedDict[tuple[bytes, ImageMode], Tensor] = OrderedDict()
-        self.bytes_held = 0
+    def _merge(self, features: Tensor, item: MediaItem) -> Tensor:
+        if not isinstance(item.treatment, TiledImage):
+            raise TypeError(f"not an item for tiles: {item.treatment!r}")
+        return merge_tiles(features, item.size, self.newline, item.treatment.tiling)
 
-    @torch.inference_mode()
-    def encode(self, images: list[ImageInput]) -> list[Tensor]:
-        """For each image [visual, hidden], in the order the model reads them. Not to be written to."""
-        found = {image.key: self._remembered[image.key] for image in images if image.key in self._remembered}
-        for key in found:
-            self._remembered.move_to_end(key)
-        new = {image.key: image for image in images if image.key not in found}
-        if new:
-            encoded = self._model.encode_tiles(
-                [image.tiles() for image in new.values()],
-                [image.size for image in new.values()],
-                [image.mode for image in new.values()],
-            )
-            found |= dict(zip(new, encoded, strict=True))
-            for key in new:
-                self._remember(key, found[key])
-        return [found[image.key] for image in images]
-
-    def clear(self) -> None:
-        """Forget all, as when the weights have changed."""
-        self._remembered.clear()
-        self.bytes_held = 0
-
-    def _remember(self, key: tuple[bytes, ImageMode], tokens: Tensor) -> None:
-        if tokens.nbytes > self._cache_bytes:
-            return
-        # A copy: the tokens may be a view of all that the tower computed.
-        self._remembered[key] = tokens.clone()
-        self.bytes_held += tokens.nbytes
-        while self.bytes_held > self._cache_bytes:
-            _, oldest = self._remembered.popitem(last=False)
-            self.bytes_held -= oldest.nbytes
+    def encode_largest(self) -> Tensor:
+        """As many tiles as one call of the tower takes, then one image with the most tiles."""
+        tile = self._largest.tiling.tile
+        self.tile_features(torch.zeros(TILES_AT_ONCE, 3, tile, tile))
+        size = self._largest.most_tiles()
+        tiles = self._largest.inputs(Image.new("RGB", size))
+        (visual,) = self.encode([MediaItem("image", b"", size, self._largest, lambda: tiles)])
+        return visual

@@ -1,7 +1,6 @@
-"""Opening images safely: whatever a client sends becomes an RGB image or a ValueError that says what is wrong with it.
+"""Opening images safely: every file becomes an RGB image or a ValueError that says what is wrong with it.
 
-`open_image` is for files; `validate_size` is the same size rule for images that something else opened (vLLM's media
-loader).
+`open_image` is for files; `validate_size` is the same size rule for images that vLLM's media loader opened.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ from typing import BinaryIO
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# No JPEG is longer than this. Tiling needs memory for one tile's width times the longer side, 75 MB of it at this
-# limit.
+# The longest side a JPEG can have. Tiling needs memory for one tile's width times the longer side: 75 MB here.
 MAX_SIDE = 65_535
-# Resizing a padded tall image takes time by the square of this: three seconds at this limit, a minute at MAX_SIDE.
+# Resizing a padded tall image takes time with the square of its side: 3 s at this limit, a minute at MAX_SIDE.
 MAX_PADDED_SIDE = 16_384
 
 
 def validate_size(width: int, height: int) -> None:
-    """Raises ValueError for a size not to be decoded or tiled: empty, too long, or more pixels than PIL's own limit."""
+    """Raises ValueError for a size not to be decoded or tiled: empty, too long, or more pixels than PIL's limit."""
     if width < 1 or height < 1:
         raise ValueError(f"image of {width}x{height} has no pixels")
     if max(width, height) > MAX_SIDE:
@@ -41,16 +39,15 @@ def validate_padded_size(width: int, height: int) -> None:
 
 
 def open_image(source: str | Path | BinaryIO) -> Image.Image:
-    """Reads an image (first frame), turns it upright and converts it to RGB; alpha is dropped, as by the reference.
+    """Reads an image (first frame), turns it upright and converts it to RGB; alpha is dropped, as in the reference.
 
-    A phone's photo stands as its EXIF orientation says, as vLLM shows it to the server too (the reference ignores it).
-
-    The size is checked before any pixel is decoded.
+    EXIF orientation is applied, as by vLLM's media loader; the reference ignores it. The size is checked before any
+    pixel is decoded.
     """
     name = f"image file {source}" if isinstance(source, (str, Path)) else "image"
     try:
         with warnings.catch_warnings():
-            # From its limit on PIL warns; the size rule below refuses, with the size.
+            # PIL warns from its limit on; the size rule below refuses and names the size.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             opened = Image.open(source)
         with opened as image:

@@ -1,71 +1,49 @@
 """From an image to the tiles the vision tower looks at, pixel for pixel as the reference makes them.
 
 "anyres": the whole image squashed to one square tile, then the image itself, fitted on the pinpoint that shows most of
-it and cut into tiles row by row. "pad": the image on a grey square, one tile. `Grid` is the geometry of "anyres" from
-the size alone, which merging and token counting use too.
+it and cut into tiles row by row. "pad": the image on a grey square, one tile. `Grid` is the geometry of "anyres",
+computed from the size alone; merging and token counting use it too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from redvtp.models.config import DvlmConfig
+from redvtp.vision.geometry import Tiling
 from redvtp.vision.images import validate_padded_size, validate_size
-
-Mode = Literal["anyres", "pad"]
+from redvtp.vision.media import Size
 
 # The image mean of SigLIP (0.5) as the reference rounds it.
 GREY = (127, 127, 127)
-# Rows resized at a time when a tall image is padded: bounds the square that would otherwise have to exist at full size.
+# Rows resized at a time when an image is padded, so that the whole square never exists.
 _STRIP = 512
 
 
 @dataclass(frozen=True, slots=True)
-class ImageMode:
-    """How the images of one request are tiled.
+class Grid:
+    """Where an image lies on its canvas of tiles, in canvas pixels.
 
-    newline: a newline token ends the image's tokens ("pad"); "anyres" always has one at the end of each row.
-    pooled: every tile is pooled 2x2.
+    canvas: (width, height), multiples of the tile.
+    size: (width, height) the image is resized to.
+    offset: (left, top) of the resized image.
     """
 
-    mode: Mode
-    newline: bool
-    pooled: bool = False
-
-    def tile_side(self, config: DvlmConfig) -> int:
-        """Visual tokens along one side of a tile: its patches, or what pooling leaves of them (27 -> 14)."""
-        return -(-config.tower.side // 2) if self.pooled else config.tower.side
-
-
-def image_mode(config: DvlmConfig, num_images: int) -> ImageMode:
-    """Several images in one request are padded, have no newline token and are never pooled, as the official evaluations
-    pass them."""
-    if num_images > 1:
-        return ImageMode("pad", newline=False)
-    mode: Mode = "pad" if config.image_aspect_ratio == "pad" else "anyres"
-    return ImageMode(mode, newline=True, pooled=config.family.pooled_tiles)
-
-
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """Where an image lies on its canvas of tiles, in canvas pixels: it is resized to `size` and put at `offset`."""
-
-    canvas: tuple[int, int]
-    size: tuple[int, int]
+    canvas: Size
+    size: Size
     offset: tuple[int, int]
 
 
-def choose_grid(width: int, height: int, config: DvlmConfig) -> Grid:
+def choose_grid(width: int, height: int, pinpoints: Sequence[Size]) -> Grid:
     """The pinpoint that keeps most of the image's pixels; of equals, the least wasteful, then the first listed."""
     validate_size(width, height)
-    canvas = max(config.image_grid_pinpoints, key=lambda pinpoint: _pinpoint_rank(width, height, pinpoint))
+    canvas = max(pinpoints, key=lambda pinpoint: _pinpoint_rank(width, height, pinpoint))
     scale_width, scale_height = canvas[0] / width, canvas[1] / height
     if scale_width < scale_height:
         size = (canvas[0], min(math.ceil(height * scale_width), canvas[1]))
@@ -74,21 +52,21 @@ def choose_grid(width: int, height: int, config: DvlmConfig) -> Grid:
     return Grid(canvas, size, ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2))
 
 
-def _pinpoint_rank(width: int, height: int, pinpoint: tuple[int, int]) -> tuple[int, int]:
+def _pinpoint_rank(width: int, height: int, pinpoint: Size) -> tuple[int, int]:
     scale = min(pinpoint[0] / width, pinpoint[1] / height)
     # Upscaling shows no more than the image has. int() here and ceil() at the resize are both the reference's.
     effective = min(int(width * scale) * int(height * scale), width * height)
     return effective, effective - pinpoint[0] * pinpoint[1]
 
 
-def tile_image(image: Image.Image, config: DvlmConfig, mode: Mode) -> Tensor:
+def tile_image(image: Image.Image, tiling: Tiling) -> Tensor:
     """Returns [tiles, 3, tile, tile] float32 in [-1, 1]; for "anyres" the squashed whole image is tile 0."""
-    tile = config.tower.image_size
-    if mode == "pad":
+    tile = tiling.tile
+    if tiling.mode == "pad":
         validate_padded_size(*image.size)
         image = image.convert("RGB")
         return _normalise([_padded_tile(image, tile)])
-    grid = choose_grid(*image.size, config)
+    grid = choose_grid(*image.size, tiling.pinpoints)
     image = image.convert("RGB")
     canvas = Image.new("RGB", grid.canvas, (0, 0, 0))
     canvas.paste(image.resize(grid.size, Image.Resampling.BICUBIC), grid.offset)
@@ -101,9 +79,8 @@ def tile_image(image: Image.Image, config: DvlmConfig, mode: Mode) -> Tensor:
 def _padded_tile(image: Image.Image, tile: int) -> Image.Image:
     """The image centred on a grey square, resized to a tile, without ever holding the square.
 
-    PIL resizes the rows first, rounds to bytes, then resizes the columns; doing the two by hand gives the same bytes
-    and lets the rows be padded and resized a strip at a time. A panorama 12,000 pixels wide would otherwise need a
-    430 MB square.
+    PIL resizes the rows first, rounds to bytes, then resizes the columns. Doing the two by hand gives the same bytes,
+    and the rows can be padded and resized a strip at a time. The square of a panorama 12,000 pixels wide has 430 MB.
     """
     width, height = image.size
     side = max(width, height)

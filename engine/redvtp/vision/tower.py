@@ -1,18 +1,16 @@
-"""The SigLIP vision tower, cut to the layers whose output LLaDA-V looks at.
+"""The SigLIP vision tower, cut to the layers whose output is used.
 
-Built from transformers' SigLIP modules, whose names are the checkpoint's, so weights load without a table. Weights
-come from the
-VLM checkpoint: it was trained together with its tower, and the tower's own repository holds other numbers.
+Built from transformers' SigLIP modules, so weights inside the tower keep the names they have in a checkpoint. They come
+from the checkpoint of the whole model, which was trained with its tower; the tower's repository holds other numbers.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 
-from redvtp.models.config import TowerConfig
+from redvtp.vision.geometry import TowerConfig
 
 
 class VisionTower(nn.Module):
@@ -31,8 +29,7 @@ class VisionTower(nn.Module):
             layer_norm_eps=config.layer_norm_eps,
             hidden_act="gelu_pytorch_tanh",
         )
-        # These modules are built outside a PreTrainedModel, which is what would choose an attention; without this they
-        # run eagerly.
+        # A PreTrainedModel would choose an attention; these modules are built without one and would run eagerly.
         siglip._attn_implementation = "sdpa"
         self.embeddings = SiglipVisionEmbeddings(siglip)
         self.encoder = SiglipEncoder(siglip)  # type: ignore[arg-type]  # annotated for the joint text and vision config
@@ -44,12 +41,8 @@ class VisionTower(nn.Module):
             raise ValueError(f"pixels must be [tiles, 3, {size}, {size}], got {list(pixels.shape)}")
         weight = self.embeddings.patch_embedding.weight
         patches = self.embeddings.patch_embedding(pixels.to(dtype=weight.dtype)).flatten(2).transpose(1, 2)
-        # The whole table, not a look-up by the module's index buffer: that buffer is not in any checkpoint and does
-        # not survive a model that was built on the meta device.
+        # The whole table, not a look-up by the module's index buffer: no checkpoint has that buffer, so it would be
+        # empty in a model that was built on the meta device.
         hidden = patches + self.embeddings.position_embedding.weight
         features: Tensor = self.encoder(inputs_embeds=hidden).last_hidden_state
         return features
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embeddings.patch_embedding.weight.dtype

@@ -1,0 +1,1 @@
+"""The `redvtp` command."""

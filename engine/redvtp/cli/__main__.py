@@ -1,0 +1,7 @@
+"""`python -m redvtp.cli`."""
+
+import sys
+
+from redvtp.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Model families, one file each: what a checkpoint of the family means."""

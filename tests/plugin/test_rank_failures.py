@@ -1,0 +1,52 @@
+"""Tensor-parallel ranks of which one fails alone go on together or end with a sentence; they never hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def _run(where: str) -> tuple[dict[str, Any], str]:
+    """What plugin.one_rank_fails prints, and its whole log."""
+    done = subprocess.run(
+        [sys.executable, "-m", "plugin.one_rank_fails", where],
+        cwd=TESTS,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if "RESULT " in line]
+    assert len(lines) == 1, done.stdout[-6000:]
+    found: dict[str, Any] = json.loads(lines[0].partition("RESULT ")[2])
+    return found, done.stdout
+
+
+@pytest.mark.slow
+def test_ranks_take_a_step_back_together_when_one_fails_behind_the_last_collective() -> None:
+    """The rank that failed retried alone, and its sums met those of another step."""
+    found, log = _run("after")
+    reasons = [answer[0] for answer in found["answers"]]
+    tokens = [answer[2] for answer in found["answers"]]
+    assert reasons == ["length", "length"], log[-6000:]
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 16
+    assert "stepping them one by one" in log
+
+
+@pytest.mark.slow
+def test_a_rank_that_leaves_the_others_in_a_collective_ends_the_engine_with_a_sentence() -> None:
+    found, log = _run("inside")
+    assert found["ended"], log[-6000:]
+    assert found["seconds"] < 120
+    assert "rank 1 failed alone; the other ranks wait for it in the middle of a step" in log

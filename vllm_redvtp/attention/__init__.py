@@ -1,0 +1,1 @@
+"""Attention backends that need vLLM, and the choice of one."""

@@ -1,0 +1,1 @@
+"""What runs in vLLM's API server process: prompts, images, request checks."""
