@@ -138,9 +138,10 @@ def _measure(url: str, questions: Sequence[Question], keep: int, options: argpar
 def _summary(load: Load, expected: dict[str, list[int]], deadline: float | None) -> dict[str, Any]:
     good = [answer for answer in load.answers if answer.tokens == expected[answer.key]]
     in_time = [answer for answer in good if deadline is None or answer.latency <= deadline]
-    # Under full load only: at the end clients have nothing left to ask.
+    # Under full load only: at first nothing runs yet, and at the end clients have nothing left to ask.
     last_sent = max(answer.sent for answer in load.answers)
-    busy = [gauges for at, gauges in load.samples if at <= last_sent] or [gauges for _, gauges in load.samples]
+    running = [(at, gauges) for at, gauges in load.samples if gauges["running"]] or load.samples
+    busy = [gauges for at, gauges in running if at <= last_sent] or [gauges for _, gauges in running]
     return {
         "seconds": load.seconds,
         "goodput": len(in_time) / load.seconds,

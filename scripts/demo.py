@@ -110,7 +110,7 @@ def ask_all(client: openai.OpenAI, questions: Sequence[Task], arguments: argpars
             if report["prunings"]:
                 heatmap = arguments.output / f"{image.stem}-{number}.png"
                 enlarged(draw_saved([open_image(image)], config, report)).save(heatmap)
-                print(f"    heat map: {shown(heatmap)}")
+                print(f"    what it looked at: {shown(heatmap)}")
     print(f"\n{sum(freed) / len(freed):.0%} of the KV blocks went back to vLLM after the first denoising step.")
     if all(task.answers for task in questions):
         print(f"Right answers: {right['dense']} of {len(questions)} dense, {right['pruned']} with {keep:.0%} kept.")
