@@ -1,6 +1,10 @@
-"""Fixtures every test may use: engines over the tiny checkpoints, loaded once a session, in float32.
+"""What every test may use, and how tests are chosen and spread.
 
-`engine("tiny-llada-v")` gives the engine of that checkpoint; further keywords (config_overrides, ...) make another.
+`engine("tiny-llada-v")` gives the engine of that checkpoint, loaded once a session, in float32; further keywords
+(config_overrides, ...) make another.
+
+`pytest -m "not slow"` is the quick loop. With `-n 2 --dist loadgroup --no-loadscope-reorder` two processes share the
+tests: those that use one server, or vLLM engines in the test's process, stay together, and so does every other file.
 """
 
 from __future__ import annotations
@@ -20,7 +24,33 @@ EngineFactory = Callable[..., LocalEngine]
 
 # On a busy machine a slow example is no finding.
 settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+settings.register_profile("quick", deadline=None, max_examples=10)
+
+# Fixtures that are too dear to be made in two processes.
+SHARED = ("_plugin_server", "_defaults_server", "llm_factory")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("quick" if "not slow" in config.option.markexpr else "patient")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("serving"):
+            item.add_marker("slow")
+    if getattr(config, "workerinput", None) is None:
+        return
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    # Long groups first, so that a long one is not the last.
+    long = {_group(item) for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: _group(item) not in long)
+
+
+def _group(item: pytest.Item) -> str:
+    names = getattr(item, "fixturenames", ())
+    return next((name for name in SHARED if name in names), str(item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)

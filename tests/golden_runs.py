@@ -6,7 +6,10 @@ them, for the engine, the command and the server alike.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 from golden_data import DREAM, LLADA_V, Run
 from redvtp.params import DenoisingParams, PruningParams
@@ -50,6 +53,33 @@ def pruning_of(run: Run) -> PruningParams:
     if values["pruning"] == "none":
         return PruningParams(preset="none")
     return PruningParams(preset=values["pruning"], keep_ratio=values["keep_ratio"])
+
+
+def one_of_each_mode(runs: Iterable[Run]) -> set[str]:
+    """Names of the runs that are enough for the quick loop: the first robust one of each checkpoint and set of knobs.
+
+    Lengths, numbers of steps and keep ratios make no mode of their own.
+    """
+    chosen: dict[tuple[object, ...], str] = {}
+    for run in runs:
+        if run.robust:
+            chosen.setdefault(_mode(run), str(run))
+    return set(chosen.values())
+
+
+def _mode(run: Run) -> tuple[object, ...]:
+    values = knobs(run)
+    which = [values.get(name) for name in ("pruning", "cache", "threshold", "schedule", "remasking")]
+    return (
+        run.case.checkpoint, bool(run.case.config_overrides), run.kind, *which,
+        "suffix" in values, "stopping_criteria" in run.params,
+    )  # fmt: skip
+
+
+def selected_runs(session: pytest.Session) -> set[str]:
+    """Names of the runs that the selected tests of this session ask for."""
+    asked = (getattr(item, "callspec", None) for item in session.items)
+    return {str(spec.params["run"]) for spec in asked if spec is not None and "run" in spec.params}
 
 
 def _params(run: Run, known: set[str]) -> dict[str, Any]:

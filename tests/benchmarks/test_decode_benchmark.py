@@ -15,6 +15,8 @@ from golden_data import Case
 from redvtp.local import LocalEngine, Request
 from redvtp.params import PRESETS, DenoisingParams, PruningParams
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = [
     *("--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "4"),

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     *("--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "4", "--tower-hidden", "64"),

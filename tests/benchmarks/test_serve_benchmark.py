@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 TINY = [
     *("--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "2"),

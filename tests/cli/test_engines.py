@@ -25,6 +25,8 @@ from redvtp.trace import Trace
 from vllm_redvtp.knobs import RequestParams, build_params, sampling_params
 from vllm_redvtp.quiet import logs_on_stderr, start_up_noise
 
+pytestmark = pytest.mark.slow
+
 MODEL = checkpoint_dir("tiny-llada-v")
 WIDE = Case("tiny-llada-v", "wide")
 TWO = Case("tiny-llada-v", "two_pad_tensor")

@@ -30,6 +30,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_one_long_canvas_takes_little_memory(temperature: float) -> None:
     """All noise of the canvas at once took five tensors of 256 MB."""

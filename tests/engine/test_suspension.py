@@ -106,7 +106,10 @@ def any_local(engine: EngineFactory, request: pytest.FixtureRequest) -> LocalEng
     return engine(request.param, num_blocks=31, max_model_len=512)
 
 
-@pytest.mark.parametrize("pruning", PRUNINGS)
+@pytest.mark.parametrize(
+    "pruning",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("compact", "several-late"))) for name in PRUNINGS],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_suspended_before_every_step(any_local: LocalEngine, mode: str, pruning: str) -> None:
     params = MODES[mode], PRUNINGS[pruning]

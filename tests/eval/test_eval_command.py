@@ -21,6 +21,8 @@ from redvtp.evaluation.tasks import read_tasks
 from redvtp.local import LocalEngine
 from redvtp.params import DenoisingParams, PruningParams
 
+pytestmark = pytest.mark.slow
+
 EngineFactory = Callable[..., LocalEngine]
 GRID = ("--policies", "redvtp,random,uniform", "--keep", "1.0,0.5,0.25", "--cache", "none,prefix")
 CELLS = [("none", 1.0)] + [(policy, ratio) for policy in ("redvtp", "random", "uniform") for ratio in (0.5, 0.25)]

@@ -16,6 +16,8 @@ import pytest
 from eval.task_files import CHECKPOINT, FLAGS, MODEL, command, in_process, key, rows, run, tasks, write
 from redvtp.local import LocalEngine
 
+pytestmark = pytest.mark.slow
+
 EngineFactory = Callable[..., LocalEngine]
 GRID = ("--policies", "redvtp", "--keep", "0.5", "--concurrency", "2")
 
@@ -23,8 +25,8 @@ GRID = ("--policies", "redvtp", "--keep", "0.5", "--concurrency", "2")
 @pytest.fixture(scope="module")
 def file(engine: EngineFactory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Seconds of work, for a signal to find unfinished.
-    asked = tasks(engine(CHECKPOINT), rounds=10, lengths=(48,))
-    assert len(asked) > 20
+    asked = tasks(engine(CHECKPOINT), rounds=6, lengths=(48,))
+    assert len(asked) > 12
     return write(tmp_path_factory.mktemp("tasks") / "questions.jsonl", asked)
 
 
@@ -81,7 +83,6 @@ def _answered(folder: Path) -> int:
     return results.read_bytes().count(b"\n") if results.exists() else 0
 
 
-@pytest.mark.slow
 def test_killed_and_interrupted_it_goes_on_and_ends_with_the_same_answers(
     file: Path, whole: dict[tuple[Any, ...], str], tmp_path: Path
 ) -> None:
@@ -115,7 +116,6 @@ def test_killed_and_interrupted_it_goes_on_and_ends_with_the_same_answers(
     assert spans[answered] > max(spans[:answered])
 
 
-@pytest.mark.slow
 def test_more_questions_and_cells_are_added_to_what_is_there(
     file: Path, whole: dict[tuple[Any, ...], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import golden_data
 from golden_data import Case, Run
-from golden_runs import denoising_of, pruning_of
+from golden_runs import denoising_of, one_of_each_mode, pruning_of, selected_runs
 from one_step import encode_prompt, forward, response_hidden, set_embeds
 from redvtp.canvas.canvas import Canvas
 from redvtp.canvas.schedule import dream_counts
@@ -53,14 +53,15 @@ def _request(case: Case, engine: LocalEngine, denoising: DenoisingParams, prunin
 
 
 @pytest.fixture(scope="module")
-def generate(engine: EngineFactory) -> Callable[[Run], Generation]:
-    """The engine's answer to a run. All runs of a case are answered together, packed, when the first is asked for."""
+def generate(engine: EngineFactory, request: pytest.FixtureRequest) -> Callable[[Run], Generation]:
+    """The engine's answer to a run. All selected runs of a case are answered together, packed, at the first."""
     answers: dict[str, Generation] = {}
+    selected = selected_runs(request.session)
 
     def answer(run: Run) -> Generation:
         if str(run) not in answers:
             local = _engine_for(run.case, engine)
-            together = [other for other in RUNS if other.case == run.case]
+            together = [other for other in RUNS if other.case == run.case and str(other) in selected]
             free = local.blocks.num_free
             generations = local.generate(
                 [_request(run.case, local, denoising_of(other), pruning_of(other)) for other in together]
@@ -95,7 +96,12 @@ def _response_logits(local: LocalEngine, sequence: Sequence, vocab: int) -> torc
 def _marked(runs: list[Run]) -> list[object]:
     """One pytest parameter for each run; near ties of the reference are excused, not skipped."""
     near_tie = pytest.mark.xfail(reason="a near tie in the reference run itself", raises=AssertionError, strict=False)
-    return [pytest.param(run, id=str(run), marks=() if run.robust else near_tie) for run in runs]
+    quick = one_of_each_mode(runs)
+
+    def marks(run: Run) -> list[pytest.MarkDecorator]:
+        return [near_tie] * (not run.robust) + [pytest.mark.slow] * (str(run) not in quick)
+
+    return [pytest.param(run, id=str(run), marks=marks(run)) for run in runs]
 
 
 CASES = golden_data.cases()

@@ -35,6 +35,8 @@ from vllm_redvtp.attention.cpu_kernel import CpuAttention, KernelCall
 from vllm_redvtp.attention.packed_pages import PackedKVCache
 from vllm_redvtp.knobs import RequestParams, sampling_params
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = ROOT / "examples" / "tiny_dvlm"
 WIDTH, HEAD_DIM = 32, 16
@@ -243,7 +245,6 @@ def test_other_block_sizes_are_torchs(
     assert answers_of(llm, requests[:3]) == expected[:3]
 
 
-@pytest.mark.slow
 def test_two_ranks_give_the_same_tokens(expected: list[list[int]], tmp_path: Path) -> None:
     """Half of the heads each; in a process of its own, since vLLM's parallel groups are globals."""
     found = tmp_path / "answers.json"

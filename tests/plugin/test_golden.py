@@ -10,7 +10,10 @@ from vllm import LLM, RequestOutput
 
 import golden_data
 from golden_data import Run
+from golden_runs import one_of_each_mode, selected_runs
 from plugin.requests import answer_of, prompt_of, sampling_of
+
+AnswerTo = Callable[[Run], tuple[RequestOutput, list[int]]]
 
 RUNS = [
     run
@@ -19,19 +22,32 @@ RUNS = [
     if run.robust and "noschedule" not in run.name
 ]
 CACHED = [run for run in RUNS if run.kind == "fast"]
+# Of one engine: starting each takes seconds.
+QUICK = one_of_each_mode(run for run in RUNS if run.case.checkpoint == "tiny-llada-v" and not run.case.config_overrides)
 
 _ANSWERS: dict[str, tuple[RequestOutput, list[int]]] = {}
 
 
-def _answer(run: Run, llm_factory: Callable[..., LLM]) -> tuple[RequestOutput, list[int]]:
-    """All runs of an engine go as one batch, so this also mixes sizes, steps and kinds of requests."""
+def _params(runs: list[Run]) -> list[Any]:
+    return [pytest.param(run, id=str(run), marks=[pytest.mark.slow] * (str(run) not in QUICK)) for run in runs]
+
+
+@pytest.fixture
+def answer_to(llm_factory: Callable[..., LLM], request: pytest.FixtureRequest) -> AnswerTo:
+    return lambda run: _answer(run, llm_factory, selected_runs(request.session))
+
+
+def _answer(run: Run, llm_factory: Callable[..., LLM], selected: set[str]) -> tuple[RequestOutput, list[int]]:
+    """All selected runs of an engine go as one batch, so this also mixes sizes, steps and kinds of requests."""
     if str(run) not in _ANSWERS:
         overrides = run.case.config_overrides
         llm = llm_factory(run.case.checkpoint, **({"hf_overrides": overrides} if overrides else {}))
         batch = [
             other
             for other in RUNS
-            if other.case.checkpoint == run.case.checkpoint and other.case.config_overrides == overrides
+            if str(other) in selected
+            and other.case.checkpoint == run.case.checkpoint
+            and other.case.config_overrides == overrides
         ]
         sampling = [sampling_of(other, redvtp_report="full" if other.kind == "fast" else "summary") for other in batch]
         outputs = llm.generate([prompt_of(other.case) for other in batch], sampling)
@@ -41,15 +57,15 @@ def _answer(run: Run, llm_factory: Callable[..., LLM]) -> tuple[RequestOutput, l
     return _ANSWERS[str(run)]
 
 
-@pytest.mark.parametrize("run", RUNS, ids=str)
-def test_answer_is_the_references(run: Run, llm_factory: Callable[..., LLM]) -> None:
-    assert _answer(run, llm_factory)[1] == run.output
+@pytest.mark.parametrize("run", _params(RUNS))
+def test_answer_is_the_references(run: Run, answer_to: AnswerTo) -> None:
+    assert answer_to(run)[1] == run.output
 
 
-@pytest.mark.parametrize("run", CACHED, ids=str)
-def test_every_step_is_the_references(run: Run, llm_factory: Callable[..., LLM]) -> None:
+@pytest.mark.parametrize("run", _params(CACHED))
+def test_every_step_is_the_references(run: Run, answer_to: AnswerTo) -> None:
     """With the prefix cache, by schedule and by confidence: which steps are full, and the canvas after each."""
-    output, _ = _answer(run, llm_factory)
+    output, _ = answer_to(run)
     assert output.kv_transfer_params is not None
     report: dict[str, Any] = output.kv_transfer_params["redvtp"]
     assert report["steps"] == len(run.data["steps"])

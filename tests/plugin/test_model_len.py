@@ -63,6 +63,7 @@ def test_unset_max_tokens_is_the_default_length_after_fitting(fitted: LLM) -> No
     assert len(output.outputs[0].token_ids) == 64
 
 
+@pytest.mark.slow
 def test_max_tokens_that_fills_the_context_is_a_length_like_any_other(fitted: LLM) -> None:
     room = FITTED - _prompt_tokens(fitted)
     sampling = _as_over_http(fitted, room)

@@ -20,6 +20,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     return facts_of_fresh_processes(write_llama(tmp_path_factory.mktemp("llama")))
 
 
+@pytest.mark.slow
 def test_whole_engine_config_is_what_it_is_without_the_plugin(facts: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Scheduler, worker, block size, prefix caching, default temperature and everything else."""
     installed, absent = facts
@@ -27,6 +28,7 @@ def test_whole_engine_config_is_what_it_is_without_the_plugin(facts: tuple[dict[
     assert installed["default_sampling"] == absent["default_sampling"]
 
 
+@pytest.mark.slow
 def test_only_the_option_is_new(facts: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Fails, too, when vLLM gets a --plugin of its own and `install_plugin_option` may go."""
     installed, absent = facts
@@ -34,6 +36,7 @@ def test_only_the_option_is_new(facts: tuple[dict[str, Any], dict[str, Any]]) ->
     assert not absent["modules"], "an allow-list without redvtp keeps it out"
 
 
+@pytest.mark.slow
 def test_registration_imports_no_model_and_no_engine(facts: tuple[dict[str, Any], dict[str, Any]]) -> None:
     """Families bring the geometry of their vision paths with them; the modules with weights come later."""
     installed, _ = facts

@@ -61,6 +61,7 @@ def _tokens(outputs: list[Any]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_ratio", [None, 0.3], ids=["dense", "pruned"])
 @pytest.mark.parametrize("mode", MODES)
 def test_preemption_at_any_step_changes_no_token(llm: LLM, mode: str, keep_ratio: float | None) -> None:
@@ -77,6 +78,7 @@ def test_preemption_at_any_step_changes_no_token(llm: LLM, mode: str, keep_ratio
             assert told[name] == story[name], step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_preemption_at_every_step_of_a_sampled_batch_changes_no_token(llm: LLM, mode: str) -> None:
     requests = [

@@ -82,6 +82,7 @@ def test_decompression_bomb_is_still_no_bad_request() -> None:
     assert not issubclass(DecompressionBombError, ValueError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("url", "error"),
     [

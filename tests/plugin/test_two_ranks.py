@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,41 +41,65 @@ POLICIES: list[dict[str, Any]] = [
 ]
 
 
+DISTURBED = ("tiny-llada-v", "tiny-lavida-dream")
+
+Answers = Callable[[str], dict[str, dict[str, list[int]]]]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """answers(checkpoint)[round][run]: tokens from two ranks, in one process for each checkpoint."""
+
+    @cache
+    def asked(checkpoint: str) -> dict[str, dict[str, list[int]]]:
+        rounds = _rounds(checkpoint)
+        return dict(zip(rounds, _ask(checkpoint, list(rounds.values()), tmp_path_factory.mktemp("ranks")), strict=True))
+
+    return asked
+
+
+def _rounds(checkpoint: str) -> dict[str, dict[str, Any]]:
+    rounds = {"undisturbed": _round(), "preempted": _round(preempt=3)}
+    if checkpoint == "tiny-lavida-dream":
+        rounds |= {policy["pruning"]: _round(preempt=3, keep_ratio=0.25, **policy) for policy in POLICIES}
+    if checkpoint in DISTURBED:
+        # The last: it cannot be undone.
+        rounds["disturbed"] = _round(disturb=True)
+    return rounds
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", RUNS)
-def test_two_ranks_give_the_references_tokens(checkpoint: str, tmp_path: Path) -> None:
-    runs = _runs(checkpoint)
-    undisturbed, preempted = _answers(runs, tmp_path, [_round(), _round(preempt=3)])
-    assert undisturbed == preempted == {name: run.output for name, run in runs.items()}
+def test_two_ranks_give_the_references_tokens(checkpoint: str, answers: Answers) -> None:
+    expected = {name: run.output for name, run in _runs(checkpoint).items()}
+    assert answers(checkpoint)["undisturbed"] == answers(checkpoint)["preempted"] == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpoint", ["tiny-llada-v", "tiny-lavida-dream"])
-def test_a_rank_that_computes_something_else_still_decides_the_same(checkpoint: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("checkpoint", DISTURBED)
+def test_a_rank_that_computes_something_else_still_decides_the_same(checkpoint: str, answers: Answers) -> None:
     """Rounding may differ between ranks by a bit; here the second one's head does, by all of it."""
-    runs = _runs(checkpoint)
-    (answers,) = _answers(runs, tmp_path, [_round()], "--disturb")
-    assert answers == {name: run.output for name, run in runs.items()}
+    assert answers(checkpoint)["disturbed"] == {name: run.output for name, run in _runs(checkpoint).items()}
 
 
 @pytest.mark.slow
-def test_ranks_drop_the_same_tokens(engine: EngineFactory, tmp_path: Path) -> None:
+def test_ranks_drop_the_same_tokens(engine: EngineFactory, answers: Answers) -> None:
     """Their key heads are split, so neither rank could choose by itself. There is no reference: the engine's tokens."""
     runs = _runs("tiny-lavida-dream")
-    found = _answers(runs, tmp_path, [_round(preempt=3, keep_ratio=0.25, **policy) for policy in POLICIES])
     local = engine("tiny-lavida-dream")
-    for (preset, *others), policy, answers in zip(POLICIES, POLICIES, found, strict=True):
+    for policy in POLICIES:
+        preset, *others = policy
         pruning = PruningParams(preset=policy[preset], keep_ratio=0.25, **{name: policy[name] for name in others})
         expected = {}
         for name, run in runs.items():
             request = Request(run.case.prompt, tuple(run.case.images()), golden_runs.denoising_of(run), pruning)
             expected[name] = local.generate([request])[0].output_ids
         assert expected != {name: run.output for name, run in runs.items()}, policy
-        assert answers == expected, policy
+        assert answers("tiny-lavida-dream")[policy[preset]] == expected, policy
 
 
-def _round(preempt: int = 0, **knobs: Any) -> dict[str, Any]:
-    return {"preempt": preempt, "knobs": knobs}
+def _round(preempt: int = 0, disturb: bool = False, **knobs: Any) -> dict[str, Any]:
+    return {"preempt": preempt, "disturb": disturb, "knobs": knobs}
 
 
 def _runs(checkpoint: str) -> dict[str, golden_data.Run]:
@@ -84,10 +109,10 @@ def _runs(checkpoint: str) -> dict[str, golden_data.Run]:
     return runs
 
 
-def _answers(runs: dict[str, golden_data.Run], folder: Path, rounds: list[dict[str, Any]], *flags: str) -> Any:
-    answers = folder / "answers.json"
+def _ask(checkpoint: str, rounds: list[dict[str, Any]], folder: Path) -> list[dict[str, list[int]]]:
+    file = folder / "answers.json"
     done = subprocess.run(
-        [sys.executable, "-m", "plugin.two_ranks", answers, json.dumps(rounds), *flags, *runs],
+        [sys.executable, "-m", "plugin.two_ranks", file, json.dumps(rounds), *_runs(checkpoint)],
         cwd=TESTS,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
         stdout=subprocess.PIPE,
@@ -97,4 +122,5 @@ def _answers(runs: dict[str, golden_data.Run], folder: Path, rounds: list[dict[s
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    return json.loads(answers.read_text())
+    found: list[dict[str, list[int]]] = json.loads(file.read_text())
+    return found

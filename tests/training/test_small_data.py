@@ -142,6 +142,7 @@ def test_a_changing_clip_is_described_frame_by_frame() -> None:
         assert answers[f"Which color comes after {shown[0][0]}?"] == shown[1][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_seed_gives_the_same_pictures_and_questions(family: Family) -> None:
     one, other = make(family, 2, (3, 4), "train"), make(family, 2, (3, 4), "train")
@@ -190,6 +191,7 @@ def test_long_answers_have_thirty_to_sixty_tokens() -> None:
     assert 35 <= np.median(lengths) <= 50
 
 
+@pytest.mark.slow
 def test_counts_are_spread_so_that_guessing_does_not_pay() -> None:
     counted: dict[str, Counter[str]] = {}
     for sample, question in held_out(80):

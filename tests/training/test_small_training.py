@@ -25,6 +25,8 @@ from training.v2.train import Trainer, train
 from training.v2.vocab import tokenizer
 from training.v2.world import Family, Sample
 
+pytestmark = pytest.mark.slow
+
 # Every family, so that every hint and both kinds of prompt are trained.
 MICRO = (
     Phase("tower", "tower", steps=3, batch=4, warmup=0),
@@ -126,7 +128,6 @@ def test_the_tower_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
-@pytest.mark.slow
 def test_a_minute_of_training_lowers_the_loss_and_survives_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from training.scenes import render
 from training.tasks import steps_for
 from training.vocab import tokenizer
 
+pytestmark = pytest.mark.slow
+
 _FEW = {"background": (0.0, 0.3), "items": (2, 4), "lines": (2, 3)}
 SHORT_PLAN = (
     Phase("tower", "tower", steps=4, batch=1, warmup=0),
