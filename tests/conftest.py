@@ -9,6 +9,7 @@ tests: those that use one server, or vLLM engines in the test's process, stay to
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Long groups first, so that a long one is not the last.
     long = {_group(item) for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: _group(item) not in long)
+
+
+def pytest_collection_finish() -> None:
+    # vLLM collects garbage whenever an engine starts or ends; thousands of collected tests need not be gone through.
+    gc.collect()
+    gc.freeze()
 
 
 def _group(item: pytest.Item) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ LlmFactory = Callable[..., LLM]
 
 
 @pytest.fixture(scope="session")
-def llm_factory() -> LlmFactory:
+def llm_factory() -> Iterator[LlmFactory]:
     """llm_factory(checkpoint, **keywords of LLM) -> LLM in this process, one for each distinct call."""
     made: dict[str, LLM] = {}
 
@@ -26,7 +27,9 @@ def llm_factory() -> LlmFactory:
             made[key] = in_process_llm(str(checkpoint_dir(checkpoint)), **options)
         return made[key]
 
-    return make
+    yield make
+    # Each engine collects garbage when it ends; the heap of a whole run takes it a second each.
+    gc.freeze()
 
 
 @pytest.fixture

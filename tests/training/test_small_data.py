@@ -216,6 +216,7 @@ def test_every_answer_fits_its_canvas_and_is_text_the_tokenizer_gives_back() -> 
         assert sample.scenes
 
 
+@pytest.mark.slow
 def test_every_visual_token_is_always_in_the_sequence() -> None:
     """No picture loses tokens in training, in any phase."""
     for phase in PLAN:
