@@ -55,7 +55,7 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Choose our scheduler and worker, and switch off what assumes one causal pass over the prompt."""
         from vllm_redvtp.attention.choice import chosen_backend
-        from vllm_redvtp.knobs import server_defaults
+        from vllm_redvtp.knobs import misplaced_defaults, server_defaults
         from vllm_redvtp.patches import install_metrics
         from vllm_redvtp.scheduling.metrics import DenoisingProm
         from vllm_redvtp.server_options import vision_cache_bytes
@@ -63,6 +63,14 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
         _refuse_unsupported_features(vllm_config)
         server_defaults(vllm_config)
         vision_cache_bytes(vllm_config)
+        for name in misplaced_defaults(vllm_config):
+            # Not refused: it may be another plugin's.
+            logger.warning(
+                '--additional-config: %r stands beside "redvtp" and not in it, so it sets no default of requests; '
+                'for that write {"redvtp": {"%s": ...}}',
+                name,
+                name,
+            )
         _use_our_parts(vllm_config)
         _schedule_synchronously(vllm_config)
         _size_kv_cache(vllm_config)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from redvtp.engines import EngineOptions
-from redvtp.errors import BadInput, refusing
+from redvtp.errors import BadInput, InvalidRequest, refusing
 from redvtp.families.config import DvlmConfig, load_config
 from redvtp.models.loading import check_weight_files
 from redvtp.request import Request
@@ -127,8 +127,10 @@ def _vllm_refusing() -> Iterator[None]:
         with refusing():
             yield
     except VLLMClientError as error:
-        # Its str() adds the names of vLLM's parameters.
-        raise BadInput(str(error.args[0])) from error
+        cause = error.__cause__
+        # Its str() adds the names of vLLM's parameters; the command has its own names for knobs.
+        parts = cause.parts if isinstance(cause, InvalidRequest) else (str(error.args[0]),)
+        raise BadInput(*parts) from error
     except BadInput as error:
         if isinstance(error.__cause__, ValidationError):
             reasons = [str(part["msg"]).removeprefix("Value error, ") for part in error.__cause__.errors()]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
-from redvtp.errors import InvalidRequest
+from redvtp.errors import InvalidRequest, Knob
 from redvtp.families.config import DvlmConfig, load_config
 from redvtp.kv.blocks import BlockPool, blocks_needed
 from redvtp.kv.pages import PagedKVCache
@@ -131,8 +131,10 @@ class LocalEngine:
         plan = self._plan_of(request, prompt)
         if blocks_needed(plan.kv_tokens, self.cache.block_size) > self.cache.num_blocks:
             raise InvalidRequest(
-                f"prompt plus gen_length needs {plan.kv_tokens:,} tokens of KV cache, which has "
-                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks"
+                "prompt plus ",
+                Knob("gen_length"),
+                f" needs {plan.kv_tokens:,} tokens of KV cache, which has "
+                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks",
             )
         return prompt, plan
 

@@ -37,6 +37,7 @@ ORDER = {
     ),
     "vllm_redvtp": (
         ("engine_config", "output", "patches", "server_options"),
+        ("knob_names",),
         ("knobs",),
         ("planning",),
         ("attention",),

@@ -24,6 +24,7 @@ from redvtp.cli.checks import (
     warn,
 )
 from redvtp.cli.evaluate import settings_of
+from redvtp.cli.knob_flags import flag_of
 from redvtp.errors import BadInput, refusing
 from redvtp.evaluation.grid import DENSE, Question, questions
 from redvtp.evaluation.results import make_folder
@@ -47,7 +48,7 @@ def consistency(options: argparse.Namespace) -> int:
     failed: list[str] = []
     try:
         with tqdm(total=len(chosen), unit="question", disable=not sys.stderr.isatty()) as bar:
-            for task, result in compare(engine, chosen):
+            for task, result in compare(engine, chosen, flag_of):
                 bar.update()
                 if isinstance(result, str):
                     failed.append(f"{task.id}: {result}")

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from redvtp.cli.checks import (
     warn,
 )
 from redvtp.cli.flags import listed, ratios
+from redvtp.cli.knob_flags import flag_of
 from redvtp.engines import BLOCK_SIZE
 from redvtp.errors import BadInput, refusing
 from redvtp.evaluation.backends import Backend, EmbeddedBackend
@@ -89,7 +91,8 @@ def _backend(options: argparse.Namespace) -> tuple[Callable[[], Backend], dict[s
         server = ServerBackend(options.server or options.model, None if is_url else options.model, options.concurrency)
         return lambda: server, {"backend": "server", "server": server.url, "served_model": server.model}
     check_checkpoint(options)
-    return lambda: EmbeddedBackend(start_engine(options, options.concurrency)), {
+    spell = partial(flag_of, command=options.command)
+    return lambda: EmbeddedBackend(start_engine(options, options.concurrency), spell), {
         "backend": "embedded",
         "model": options.model,
         "checkpoint": checkpoint_digest(options.model),

@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options.command)(options)
     except BadInput as error:
-        warn(options.command, f"error: {error}")
+        said = error.spelled(lambda name: knob_flags.flag_of(name, options.command))
+        warn(options.command, f"error: {said}")
         return 2
     except KeyboardInterrupt:
         warn(options.command, "interrupted")
@@ -64,7 +65,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=flags.Parser)
     for add in (_generate, _heatmap, _evaluate, _consistency, _compare):
         add(commands)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[options.command].refuse(unknown)
     # `--raw-prompt TEXT` and `--prompt TEXT --raw-prompt` say the same.
     if options.command == "generate" and isinstance(options.raw_prompt, str):
         if options.prompt is not None:
