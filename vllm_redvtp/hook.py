@@ -199,11 +199,14 @@ def _size_kv_cache(vllm_config: VllmConfig) -> None:
 
 
 def _cpu_kv_cache_bytes(vllm_config: VllmConfig) -> int:
+    # Here: the hook is imported for other models too, which need no engine.
+    from redvtp.kv.blocks import blocks_needed, kv_token_bytes
+
     model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
     config = engine_config(model)
     dtype: Any = model.dtype
     heads = config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
-    block_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize * block_size
+    block_bytes = kv_token_bytes(config.num_hidden_layers, heads, config.head_dim, dtype.itemsize) * block_size
     # One block more: vLLM keeps block 0 for itself.
-    longest = (-(-model.max_model_len // block_size) + 1) * block_bytes
+    longest = (blocks_needed(model.max_model_len, block_size) + 1) * block_bytes
     return int(max(longest, min(CPU_KV_CACHE_REQUESTS * longest, CPU_KV_CACHE_BYTES)))

@@ -41,10 +41,10 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
     if options.progress:
         print("starting vLLM ...", file=sys.stderr, flush=True)
     with logs_on_stderr(), environment(_IN_PROCESS):
-        with start_up_noise(BadInput), _vllm_refusing():
+        with start_up_noise(BadInput), vllm_refusing():
             llm = _start(options, config)
         try:
-            with _vllm_refusing():
+            with vllm_refusing():
                 _enqueue(llm, request)
             output = _run(llm, request.denoising.resolved_steps, options.progress)
         finally:
@@ -119,7 +119,7 @@ def _trace(model: str, request: Request, output: RequestOutput) -> Trace:
 
 
 @contextmanager
-def _vllm_refusing() -> Iterator[None]:
+def vllm_refusing() -> Iterator[None]:
     """`refusing`, for vLLM's kinds of errors as well."""
     from vllm.exceptions import VLLMClientError
 

@@ -20,6 +20,7 @@ ORDER = {
     "redvtp": (
         ("presets", "errors", "reports", "clock"),
         ("values",),
+        ("model_folder",),
         ("params",),
         ("kv", "vision"),
         ("attention", "prompt"),
@@ -31,7 +32,7 @@ ORDER = {
         ("local_queue",),
         ("local",),
         ("trace",),
-        ("heatmap", "engines"),
+        ("heatmap", "engines", "doctor"),
         ("evaluation",),
         ("cli",),
     ),
@@ -46,6 +47,7 @@ ORDER = {
         ("hook",),
         ("quiet",),
         ("offline",),
+        ("diagnosis",),
         ("__init__",),
     ),
 }

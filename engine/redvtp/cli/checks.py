@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from redvtp.engines import BLOCK_SIZE, EngineOptions
 from redvtp.errors import BadInput, refusing
+from redvtp.model_folder import why_no_model
 from redvtp.params import DenoisingParams
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ def check_checkpoint(options: argparse.Namespace) -> None:
     """Raises BadInput if the model is no checkpoint folder, or an engine flag is not a positive integer."""
     positive("max-model-len", options.max_model_len)
     positive("block-size", options.block_size)
-    if not (Path(options.model) / "config.json").is_file():
-        raise BadInput(f"{options.model} is not a checkpoint folder: it has no config.json")
+    reason = why_no_model(options.model)
+    if reason is not None:
+        raise BadInput(reason)
 
 
 def check_libraries() -> None:
