@@ -30,10 +30,9 @@ def _facts(device: str, model: str, options: ServerOptions) -> ServerFacts:
     from vllm_redvtp.attention.choice import attention_summary
 
     register()
-    dtype: Any = options.dtype
-    config = AsyncEngineArgs(
-        model, dtype=dtype, max_model_len=options.max_model_len, max_num_seqs=options.max_num_seqs
-    ).create_engine_config()
+    given: dict[str, Any] = {"max_model_len": options.max_model_len, "max_num_seqs": options.max_num_seqs}
+    given = {name: value for name, value in given.items() if value is not None} | {"dtype": options.dtype}
+    config = AsyncEngineArgs(model, **given).create_engine_config()
     return ServerFacts(
         device,
         attention=attention_summary(config),

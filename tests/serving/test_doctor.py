@@ -37,3 +37,4 @@ def test_the_printed_command_serves_the_model(tmp_path: Path) -> None:
         processes = [server.process.pid, *(each.pid for each in psutil.Process(server.process.pid).children(True))]
         taken = sum(psutil.Process(pid).memory_full_info().uss for pid in processes)
     assert taken < report["memory"]["total"]
+    assert "chat template registered" not in (tmp_path / "server.log").read_text(errors="replace")

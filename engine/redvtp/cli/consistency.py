@@ -16,6 +16,7 @@ from tqdm import tqdm
 from redvtp.cli.checks import (
     EXTRA,
     INTERRUPTED,
+    Mistakes,
     check_checkpoint,
     check_libraries,
     positive,
@@ -25,7 +26,7 @@ from redvtp.cli.checks import (
 )
 from redvtp.cli.evaluate import settings_of
 from redvtp.cli.knob_flags import flag_of
-from redvtp.errors import BadInput, refusing
+from redvtp.errors import BadInput
 from redvtp.evaluation.grid import DENSE, Question, questions
 from redvtp.evaluation.results import make_folder
 from redvtp.evaluation.tasks import Task, read_tasks
@@ -36,10 +37,14 @@ if TYPE_CHECKING:
 
 def consistency(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 when questions could not be asked, 130 when interrupted."""
-    check_libraries()
-    with refusing():
+    mistakes = Mistakes()
+    with mistakes:
+        check_libraries()
+    with mistakes:
+        check_checkpoint(options)
+    with mistakes:
         chosen = _questions(options)
-    check_checkpoint(options)
+    mistakes.refuse()
     make_folder("output", options.output)
     from redvtp.evaluation.consistency import compare
 

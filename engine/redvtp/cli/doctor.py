@@ -11,10 +11,9 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redvtp.cli.checks import positive, say
+from redvtp.cli.checks import open_images, positive, say
 from redvtp.doctor.findings import Finding
 from redvtp.errors import refusing
 
@@ -48,8 +47,7 @@ def doctor(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 when something is missing. Raises BadInput for a flag that means nothing."""
     for flag in ("max-model-len", "max-num-seqs"):
         positive(flag, getattr(options, flag.replace("-", "_")))
-    with refusing():
-        sizes = [_size(path) for path in options.image]
+    sizes = [image.size for image in open_images(options.image)]
     from redvtp.doctor.installation import installed
 
     report = _Report(quiet=options.json)
@@ -60,18 +58,16 @@ def doctor(options: argparse.Namespace) -> int:
     found = machine()
     report.add(described(found))
     facts: dict[str, Any] = {"device": asdict(found)}
-    line = _look_at_model(options, report, found, sizes, facts) if options.model else _look_at_server(options, report)
+    line = None
+    if options.model:
+        line = _look_at_model(options, report, found, sizes, facts)
+    else:
+        _look_at_server(report)
     _end(options, report, facts, line)
     return 1 if report.problems else 0
 
 
-def _size(path: Path) -> tuple[int, int]:
-    from redvtp.vision.images import open_image
-
-    return open_image(path).size
-
-
-def _look_at_server(options: argparse.Namespace, report: _Report) -> None:
+def _look_at_server(report: _Report) -> None:
     from redvtp.doctor.server import ServerOptions, server_facts
 
     findings, _ = server_facts(ServerOptions(None))
@@ -88,7 +84,7 @@ def _look_at_model(
     checkpoint = examine(options.model)
     report.add(checkpoint.findings)
     if checkpoint.config is None:
-        _look_at_server(options, report)
+        _look_at_server(report)
         return None
     limit = checkpoint.config.max_position_embeddings
     if options.max_model_len is not None and options.max_model_len > limit:
@@ -128,10 +124,10 @@ def _look_at_memory(
         report.add([Finding(TOPIC, f"max_model_len {lengths[0]:,} of the checkpoint does not fit, {fits:,} does")])
         needs = needs_of(checkpoint, config, found, dtype, (fits, lengths[1]), block_size)
     largest = config.vision.largest_size()
-    images = [(f"largest image ({largest[0]}x{largest[1]})", *config.vision.counts([largest]))]
+    images = [(f"largest image ({largest[0]}x{largest[1]})", config.vision.counts([largest])[0])]
     with refusing():
         images += [
-            (f"{path} ({width}x{height})", *config.vision.counts([(width, height)]))
+            (f"{path} ({width}x{height})", config.vision.counts([(width, height)])[0])
             for path, (width, height) in zip(options.image, sizes, strict=True)
         ]
     report.add(judged(needs, config, found, images))

@@ -17,6 +17,7 @@ from typing import Any
 from redvtp.cli.checks import (
     EXTRA,
     INTERRUPTED,
+    Mistakes,
     check_checkpoint,
     check_libraries,
     denoising_of,
@@ -39,9 +40,14 @@ from redvtp.params import DenoisingParams, PruningParams
 
 def evaluate(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 when questions could not be asked, 130 when interrupted."""
-    check_libraries()
-    plan = _plan(options)
-    start, configuration = _backend(options)
+    mistakes = Mistakes()
+    with mistakes:
+        check_libraries()
+    with mistakes:
+        plan = _plan(options)
+    with mistakes:
+        start, configuration = _backend(options)
+    mistakes.refuse()
     configuration |= {"tasks": str(plan.file.path), "tasks_digest": plan.file.digest}
     configuration |= {"concurrency": options.concurrency} | plan.settings.configuration()
     with Results(options.output, configuration) as results:
