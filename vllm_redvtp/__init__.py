@@ -20,7 +20,10 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.renderers.registry import RENDERER_REGISTRY
     from vllm.tokenizers.registry import TokenizerRegistry
-    from vllm.transformers_utils.chat_templates.registry import register_chat_template_fallback_path
+    from vllm.transformers_utils.chat_templates.registry import (
+        get_chat_template_fallback_path,
+        register_chat_template_fallback_path,
+    )
 
     from redvtp.families.registry import FAMILIES
     from vllm_redvtp.engine_config import CONFIG_CLASSES, TOKENIZER_MODE
@@ -32,7 +35,9 @@ def register() -> None:
     for family in FAMILIES:
         ModelRegistry.register_model(family.architecture, "vllm_redvtp.served_model:ServedDvlm")
         MODELS_CONFIG_MAP[family.architecture] = DvlmModelConfig
-        register_chat_template_fallback_path(family.model_type, family.template.path)
+        # Families share model types, and vLLM warns of a second template for one.
+        if get_chat_template_fallback_path(family.model_type, "") is None:
+            register_chat_template_fallback_path(family.model_type, family.template.path)
     # The tokenizer is the plain Hugging Face one; the mode exists to choose our renderer, as vLLM's "inkling"
     # mode does.
     TokenizerRegistry.register(TOKENIZER_MODE, "vllm.tokenizers.hf", "CachedHfTokenizer")

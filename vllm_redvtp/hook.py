@@ -55,7 +55,7 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Choose our scheduler and worker, and switch off what assumes one causal pass over the prompt."""
         from vllm_redvtp.attention.choice import chosen_backend
-        from vllm_redvtp.knobs import server_defaults
+        from vllm_redvtp.knobs import misplaced_defaults, server_defaults
         from vllm_redvtp.patches import install_metrics
         from vllm_redvtp.scheduling.metrics import DenoisingProm
         from vllm_redvtp.server_options import vision_cache_bytes
@@ -63,6 +63,14 @@ class DvlmModelConfig(VerifyAndUpdateConfig):
         _refuse_unsupported_features(vllm_config)
         server_defaults(vllm_config)
         vision_cache_bytes(vllm_config)
+        for name in misplaced_defaults(vllm_config):
+            # Not refused: it may be another plugin's.
+            logger.warning(
+                '--additional-config: %r stands beside "redvtp" and not in it, so it sets no default of requests; '
+                'for that write {"redvtp": {"%s": ...}}',
+                name,
+                name,
+            )
         _use_our_parts(vllm_config)
         _schedule_synchronously(vllm_config)
         _size_kv_cache(vllm_config)
@@ -191,11 +199,14 @@ def _size_kv_cache(vllm_config: VllmConfig) -> None:
 
 
 def _cpu_kv_cache_bytes(vllm_config: VllmConfig) -> int:
+    # Here: the hook is imported for other models too, which need no engine.
+    from redvtp.kv.blocks import blocks_needed, kv_token_bytes
+
     model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
     config = engine_config(model)
     dtype: Any = model.dtype
     heads = config.num_key_value_heads // vllm_config.parallel_config.tensor_parallel_size
-    block_bytes = 2 * config.num_hidden_layers * heads * config.head_dim * dtype.itemsize * block_size
+    block_bytes = kv_token_bytes(config.num_hidden_layers, heads, config.head_dim, dtype.itemsize) * block_size
     # One block more: vLLM keeps block 0 for itself.
-    longest = (-(-model.max_model_len // block_size) + 1) * block_bytes
+    longest = (blocks_needed(model.max_model_len, block_size) + 1) * block_bytes
     return int(max(longest, min(CPU_KV_CACHE_REQUESTS * longest, CPU_KV_CACHE_BYTES)))

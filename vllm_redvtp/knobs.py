@@ -1,42 +1,37 @@
 """A client's knobs over the server's defaults, as engine parameters.
 
-A knob comes in `vllm_xargs` (HTTP) or `SamplingParams.extra_args` (offline). It is a field of the engine's
-DenoisingParams or PruningParams with the prefix `redvtp_`; a new field is a new knob. `--additional-config
-'{"redvtp": {...}}'` sets defaults under the same names without the prefix. The engine's dataclasses check the values,
-so the command, the server and the offline API refuse with the same sentence.
+`knob_names` says which knobs a request may have. `--additional-config '{"redvtp": {...}}'` sets defaults under the same
+names without the prefix. The engine's dataclasses check the values, so the command, the server and the offline API
+refuse with the same sentence.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.sampling_params import SamplingParams
 
 from redvtp.errors import InvalidRequest
 from redvtp.params import BOUNDED_REMASKINGS, PRESET_KNOBS, DenoisingParams, PruningParams
-from redvtp.values import check_integer, shown
-from vllm_redvtp.server_options import OPTIONS, additional_values
+from redvtp.values import check_integer, check_one_of, shown
+from vllm_redvtp.knob_names import DENOISING, FROM_SAMPLING, PRUNING, REPORT, check_default_names, knob_values
+from vllm_redvtp.knob_names import KNOBS as KNOBS
+from vllm_redvtp.knob_names import PREFIX as PREFIX
+from vllm_redvtp.server_options import OPTIONS, additional_values, option_refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-PREFIX = "redvtp_"
 REPORTS = ("none", "summary", "full")
 DEFAULT_REPORT = "summary"
 
-# vLLM has its own names for these. gen_length has two: max_tokens, and a knob.
-_FROM_SAMPLING = {"temperature", "seed", "stop", "ignore_eos"}
-_DENOISING = {field.name for field in fields(DenoisingParams)} - _FROM_SAMPLING
 _CONFIDENCE_RULES = {"threshold", "min_confidence"}
 # A request with one of these chooses how many tokens a step decides.
 _DECIDING = _CONFIDENCE_RULES | {"steps", "schedule"}
-# A knob named `preset` would not say of what.
-_PRUNING = {"pruning" if field.name == "preset" else field.name: field.name for field in fields(PruningParams)}
-_OF_ONE_PRESET = {name for name, field in _PRUNING.items() if field in PRESET_KNOBS}
-KNOBS = tuple(sorted(_DENOISING | set(_PRUNING) | {"report"}))
+_OF_ONE_PRESET = {name for name, field in PRUNING.items() if field in PRESET_KNOBS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +43,19 @@ class RequestParams:
     report: str
 
 
-def knob_values(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The redvtp knobs among a request's extra arguments, prefix removed. Raises InvalidRequest for an unknown one.
-
-    Other names are left alone, unless they are a knob without the prefix or in another spelling: a knob that silently
-    has no effect costs its user more than a refusal.
-    """
-    values = {}
-    for name, value in (extra_args or {}).items():
-        knob = name.removeprefix(PREFIX)
-        if name.startswith(PREFIX) and knob in KNOBS:
-            values[knob] = value
-            continue
-        meant = name.lower().replace("-", "_").removeprefix(PREFIX)
-        if meant in KNOBS:
-            raise InvalidRequest(f"unknown knob {shown(name)}; did you mean {PREFIX}{meant}?")
-        if name.lower().startswith(PREFIX):
-            raise InvalidRequest(f"unknown knob {shown(name)}; allowed: {', '.join(PREFIX + each for each in KNOBS)}")
-    return values
-
-
+@option_refusals()
 def server_defaults(vllm_config: VllmConfig) -> dict[str, Any]:
     """`--additional-config '{"redvtp": {...}}'`. Raises ValueError for an unknown name or value."""
     defaults = {name: value for name, value in additional_values(vllm_config).items() if name not in OPTIONS}
-    for name in defaults:
-        if name not in KNOBS:
-            allowed = ", ".join((*KNOBS, *OPTIONS))
-            raise ValueError(f"additional_config has an unknown redvtp knob {name!r}; allowed: {allowed}")
+    check_default_names(defaults, OPTIONS)
     build_params(SamplingParams(temperature=0.0), default_gen_length(defaults), defaults)
     return defaults
+
+
+def misplaced_defaults(vllm_config: VllmConfig) -> list[str]:
+    """Keys of `--additional-config` that are most probably our knobs, outside of our part. One word may be anyone's."""
+    config = vllm_config.additional_config
+    return [name for name in config if name in KNOBS and "_" in name] if isinstance(config, dict) else []
 
 
 def default_gen_length(defaults: Mapping[str, Any]) -> int:
@@ -113,13 +92,12 @@ def build_params(
     """Engine parameters of a request with a canvas of `gen_length` tokens. Raises InvalidRequest naming the knob."""
     knobs = knob_values(sampling.extra_args)
     values = {**defaults, **knobs, "gen_length": gen_length}
-    report = values.pop("report", DEFAULT_REPORT)
-    if report not in REPORTS:
-        raise InvalidRequest(f"report must be one of {', '.join(REPORTS)}, got {shown(report)}")
+    report = values.pop(REPORT, DEFAULT_REPORT)
+    check_one_of(REPORT, report, REPORTS)
     if "pruning" in knobs and knobs["pruning"] != defaults.get("pruning", PruningParams().preset):
         # How the server's preset scores and when it prunes does not apply to another preset.
         values = {name: value for name, value in values.items() if name not in _OF_ONE_PRESET or name in knobs}
-    pruning = pruning_params({name: values.pop(name) for name in _PRUNING if name in values})
+    pruning = pruning_params({name: values.pop(name) for name in PRUNING if name in values})
     # A server default is meant for canvases of the usual size and shrinks with a shorter one; a client's value does
     # not.
     bending = {name: values.pop(name) for name in ("block_length", "steps") if name in defaults and name not in knobs}
@@ -148,9 +126,9 @@ def sampling_params(params: RequestParams) -> SamplingParams:
     vLLM's front-end takes no part in how it ends: the text is not detokenised, so stop strings are found on the canvas
     alone, as in the embedded engine.
     """
-    knobs: dict[str, Any] = {name: getattr(params.denoising, name) for name in _DENOISING}
-    knobs |= {name: getattr(params.pruning, field) for name, field in _PRUNING.items()}
-    knobs["report"] = params.report
+    knobs: dict[str, Any] = {name: getattr(params.denoising, name) for name in DENOISING}
+    knobs |= {name: getattr(params.pruning, field) for name, field in PRUNING.items()}
+    knobs[REPORT] = params.report
     sampling = SamplingParams(
         max_tokens=params.denoising.gen_length,
         detokenize=False,
@@ -159,7 +137,7 @@ def sampling_params(params: RequestParams) -> SamplingParams:
         extra_args={PREFIX + name: value for name, value in knobs.items()},
     )
     # Afterwards: the constructor lifts a temperature to 0.01, forgets a seed of -1, and wants stops detokenised.
-    for name in _FROM_SAMPLING:
+    for name in FROM_SAMPLING:
         setattr(sampling, name, getattr(params.denoising, name))
     sampling.stop = list(params.denoising.stop)
     return sampling
@@ -185,7 +163,7 @@ def pruning_params(knobs: Mapping[str, Any]) -> PruningParams:
     # JSON and vLLM know lists only.
     values: dict[str, Any] = {
         field: tuple(knobs[name]) if isinstance(knobs[name], list) else knobs[name]
-        for name, field in _PRUNING.items()
+        for name, field in PRUNING.items()
         if name in knobs
     }
     return PruningParams(**values)

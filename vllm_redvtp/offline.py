@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from redvtp.engines import EngineOptions
-from redvtp.errors import BadInput, refusing
+from redvtp.errors import BadInput, InvalidRequest, refusing
 from redvtp.families.config import DvlmConfig, load_config
 from redvtp.models.loading import check_weight_files
 from redvtp.request import Request
@@ -41,10 +41,10 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
     if options.progress:
         print("starting vLLM ...", file=sys.stderr, flush=True)
     with logs_on_stderr(), environment(_IN_PROCESS):
-        with start_up_noise(BadInput), _vllm_refusing():
+        with start_up_noise(BadInput), vllm_refusing():
             llm = _start(options, config)
         try:
-            with _vllm_refusing():
+            with vllm_refusing():
                 _enqueue(llm, request)
             output = _run(llm, request.denoising.resolved_steps, options.progress)
         finally:
@@ -119,7 +119,7 @@ def _trace(model: str, request: Request, output: RequestOutput) -> Trace:
 
 
 @contextmanager
-def _vllm_refusing() -> Iterator[None]:
+def vllm_refusing() -> Iterator[None]:
     """`refusing`, for vLLM's kinds of errors as well."""
     from vllm.exceptions import VLLMClientError
 
@@ -127,8 +127,10 @@ def _vllm_refusing() -> Iterator[None]:
         with refusing():
             yield
     except VLLMClientError as error:
-        # Its str() adds the names of vLLM's parameters.
-        raise BadInput(str(error.args[0])) from error
+        cause = error.__cause__
+        # Its str() adds the names of vLLM's parameters; the command has its own names for knobs.
+        parts = cause.parts if isinstance(cause, InvalidRequest) else (str(error.args[0]),)
+        raise BadInput(*parts) from error
     except BadInput as error:
         if isinstance(error.__cause__, ValidationError):
             reasons = [str(part["msg"]).removeprefix("Value error, ") for part in error.__cause__.errors()]

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import entry_points
+from pathlib import Path
 from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,11 @@ def install_plugin_option() -> None:
 
 
 class PluginAction(argparse.Action):
-    """Checks comma-separated plugin names; adds them to VLLM_PLUGINS where that allow-list is in use."""
+    """Checks comma-separated plugin names; adds them to VLLM_PLUGINS where that allow-list is in use.
+
+    A MODEL that can only be meant as a path, and is none, is refused here too: vLLM takes it for an id of the Hugging
+    Face hub, and says so below 40 lines of traceback. vLLM moves MODEL to the front, so it is known by then.
+    """
 
     def __call__(
         self,
@@ -77,12 +82,25 @@ class PluginAction(argparse.Action):
                 parser.error(
                     f"{OPTION} {name}: no such vLLM plugin is installed (installed: {', '.join(installed) or 'none'})"
                 )
+        _refuse_missing_path(parser, getattr(namespace, "model_tag", None))
         # Unset means "load all"; setting it then would shut every other plugin out.
         allowed = os.environ.get("VLLM_PLUGINS")
         if allowed is not None:
             listed = [name for name in allowed.split(",") if name]
             os.environ["VLLM_PLUGINS"] = ",".join(listed + [name for name in names if name not in listed])
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), *names])
+
+
+def _refuse_missing_path(parser: argparse.ArgumentParser, model: object) -> None:
+    # Here: without the option nothing of it is needed.
+    from redvtp.model_folder import looks_like_a_path, why_no_model
+
+    if not isinstance(model, str) or not looks_like_a_path(model) or Path(model).exists():
+        # Files and folders are vLLM's to judge: other models have other layouts.
+        return
+    reason = why_no_model(model)
+    if reason is not None:
+        parser.error(reason)
 
 
 def install_check_of_flags(check: Callable[[EngineArgs, ModelConfig], None]) -> None:

@@ -17,7 +17,9 @@ from redvtp.params import DenoisingParams
 from redvtp.planning import RequestPlan, plan_request
 from redvtp.pruning.resolve import policy_of
 from vllm_redvtp.engine_config import engine_config
-from vllm_redvtp.knobs import build_params, canvas_length, default_gen_length, knob_values, server_defaults
+from vllm_redvtp.knob_names import knob_values
+from vllm_redvtp.knobs import build_params, canvas_length, default_gen_length, server_defaults
+from vllm_redvtp.server_options import option_refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,8 +56,9 @@ class RequestPlanner:
         self._tokenizer = tokenizer
         self._defaults = server_defaults(vllm_config)
         # A default that fits no request is found here, when the server starts.
-        usual = build_params(SamplingParams(temperature=0.0), default_gen_length(self._defaults), self._defaults)
-        policy_of(usual.pruning, self._num_layers, usual.denoising)
+        with option_refusals():
+            usual = build_params(SamplingParams(temperature=0.0), default_gen_length(self._defaults), self._defaults)
+            policy_of(usual.pruning, self._num_layers, usual.denoising)
 
     @property
     def max_model_len(self) -> int:

@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol
 
 from redvtp.errors import BadInput, refusing
+from redvtp.values import did_you_mean
 
 if TYPE_CHECKING:
     from redvtp.request import Request
@@ -50,7 +51,7 @@ def check_engine(name: str) -> None:
     """Raises BadInput for a name that no installed package offers. Loads no engine."""
     names = ["local", *sorted(entry_points(group=ENGINES).names)]
     if name not in names:
-        raise BadInput(f"--engine must be one of {', '.join(names)}, got {name!r}")
+        raise BadInput(f"--engine must be one of {', '.join(names)}, got {name!r}{did_you_mean(name, names)}")
 
 
 def engine_named(name: str) -> Engine:

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
-from redvtp.errors import InvalidRequest
+from redvtp.errors import InvalidRequest, Knob
 from redvtp.families.config import DvlmConfig, load_config
-from redvtp.kv.blocks import BlockPool, blocks_needed
+from redvtp.kv.blocks import BlockPool, blocks_needed, kv_token_bytes
 from redvtp.kv.pages import PagedKVCache
 from redvtp.local_queue import HeldBlocks, Running, Waiting
 from redvtp.models.dvlm import Dvlm
@@ -131,8 +131,10 @@ class LocalEngine:
         plan = self._plan_of(request, prompt)
         if blocks_needed(plan.kv_tokens, self.cache.block_size) > self.cache.num_blocks:
             raise InvalidRequest(
-                f"prompt plus gen_length needs {plan.kv_tokens:,} tokens of KV cache, which has "
-                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks"
+                "prompt plus ",
+                Knob("gen_length"),
+                f" needs {plan.kv_tokens:,} tokens of KV cache, which has "
+                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks",
             )
         return prompt, plan
 
@@ -253,8 +255,8 @@ class LocalEngine:
             raise ValueError(f"block_size must be at least 1, got {block_size}")
         if num_blocks is None:
             one = blocks_needed(self.max_model_len, block_size)
-            token_bytes = (
-                2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * self.dtype.itemsize
+            token_bytes = kv_token_bytes(
+                config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.dtype.itemsize
             )
             num_blocks = max(one, min(one * self.max_num_seqs, CACHE_BYTES // (token_bytes * block_size)))
         return PagedKVCache(

@@ -2,6 +2,7 @@
 
 The same two dataclasses stand behind the command line, the offline API and the server's knobs, so a value is checked
 once and refused with the same sentence everywhere. The messages are fit for an HTTP 400: knob, value, what is allowed.
+Each writes its knobs as `Knob`, since they have other names in the command and over HTTP.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from redvtp.errors import InvalidRequest
+from redvtp.errors import InvalidRequest, Knob
 from redvtp.presets import PRESET_TABLE
-from redvtp.values import check_integer, check_one_of, check_share, check_text, fits_float32, is_number, shown
+from redvtp.values import check_integer, check_one_of, check_share, check_text, fits_float32, is_number, refused
 
 CACHES = ("none", "prefix", "dual", "prefix_lm")
 # Those that keep pages from one step of a canvas block to the next, and refresh them.
@@ -31,6 +32,8 @@ PRESET_KNOBS = (
     "prune_layer",
     "importance",
 )
+# Field -> its name as a knob and a flag, where the two differ: outside PruningParams `preset` would not say of what.
+KNOB_NAMES = {"preset": "pruning"}
 POSITIONS = ("compact", "original")
 SCORE_ROWS = ("masked", "response", "prompt", "prompt_response", "committed")
 SCOPES = ("all", "image")
@@ -112,35 +115,34 @@ class DenoisingParams:
             check_integer("steps", self.steps, 1, self.gen_length)
             if self.steps < self.num_blocks:
                 raise InvalidRequest(
-                    f"steps must be at least the number of canvas blocks ({self.num_blocks} blocks of "
-                    f"{self.resolved_block_length} in gen_length {self.gen_length}), got {self.steps}"
+                    Knob("steps"),
+                    f" must be at least the number of canvas blocks ({self.num_blocks} blocks of "
+                    f"{self.resolved_block_length} in ",
+                    Knob("gen_length"),
+                    f" {self.gen_length}), got {self.steps}",
                 )
         if not is_number(self.temperature) or self.temperature < 0:
-            raise InvalidRequest(f"temperature must be a number >= 0, got {shown(self.temperature)}")
+            raise refused("temperature", "a number >= 0", self.temperature)
         if self.seed is not None:
             check_integer("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         check_one_of("schedule", self.schedule, SCHEDULES)
         low, high = SCHEDULE_SHIFTS
         if not is_number(self.schedule_shift) or not low <= self.schedule_shift <= high:
-            raise InvalidRequest(
-                f"schedule_shift must be a number in [{low}, {high}], got {shown(self.schedule_shift)}"
-            )
+            raise refused("schedule_shift", f"a number in [{low}, {high}]", self.schedule_shift)
         check_one_of("remasking", self.remasking, REMASKINGS)
         self._check_confidence_rule()
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise InvalidRequest(f"stop must be non-empty strings, got {shown(self.stop)}")
+            raise refused("stop", "non-empty strings", self.stop)
         for stop in self.stop:
             check_text("stop", stop)
         if not isinstance(self.suffix, str):
-            raise InvalidRequest(f"suffix must be a string, got {shown(self.suffix)}")
+            raise refused("suffix", "a string", self.suffix)
         check_text("suffix", self.suffix)
         if not isinstance(self.draft, str) or (self.draft and MASK_MARK not in self.draft):
-            raise InvalidRequest(
-                f"draft must be text with at least one {MASK_MARK} to fill in, got {shown(self.draft)}"
-            )
+            raise refused("draft", f"text with at least one {MASK_MARK} to fill in", self.draft)
         check_text("draft", self.draft)
         if not isinstance(self.ignore_eos, bool):
-            raise InvalidRequest(f"ignore_eos must be true or false, got {shown(self.ignore_eos)}")
+            raise refused("ignore_eos", "true or false", self.ignore_eos)
         check_one_of("cache", self.cache, CACHES)
         if self.refresh_interval is not None:
             check_integer("refresh_interval", self.refresh_interval, 1)
@@ -148,17 +150,21 @@ class DenoisingParams:
     def _check_confidence_rule(self) -> None:
         rule, least = self.threshold, self.min_confidence
         if rule is not None and (not is_number(rule) or not 0 < rule <= MAX_THRESHOLD):
-            raise InvalidRequest(f"threshold must be a number in (0, {MAX_THRESHOLD}], got {shown(rule)}")
+            raise refused("threshold", f"a number in (0, {MAX_THRESHOLD}]", rule)
         if least is not None and (not is_number(least) or not 0 <= least <= 1):
-            raise InvalidRequest(f"min_confidence must be a number in [0, 1], got {shown(least)}")
+            raise refused("min_confidence", "a number in [0, 1]", least)
         if rule is not None and least is not None:
             raise InvalidRequest(
-                f"threshold and min_confidence exclude each other, got {rule} and {least}; leave one of them out"
+                Knob("threshold"),
+                " and ",
+                Knob("min_confidence"),
+                f" exclude each other, got {rule} and {least}; leave one of them out",
             )
         if self.by_confidence and self.remasking not in BOUNDED_REMASKINGS:
             name = "threshold" if least is None else "min_confidence"
             allowed = " or ".join(BOUNDED_REMASKINGS)
-            raise InvalidRequest(f"{name} needs remasking {allowed} (confidences in [0, 1]), got {self.remasking}")
+            bounded = f" {allowed} (confidences in [0, 1]), got {self.remasking}"
+            raise InvalidRequest(Knob(name), " needs ", Knob("remasking"), bounded)
 
     @property
     def by_confidence(self) -> bool:
@@ -226,21 +232,20 @@ class PruningParams:
     importance: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_one_of("pruning", self.preset, PRESETS)
+        check_one_of("preset", self.preset, PRESETS)
         check_share("keep_ratio", self.keep_ratio)
         check_one_of("positions", self.positions, POSITIONS)
         if self.score_rows is not None:
             check_one_of("score_rows", self.score_rows, SCORE_ROWS)
         if self.score_layers is not None and not _LAYERS.fullmatch(str(self.score_layers)):
-            raise InvalidRequest(f"score_layers must be a layer N or a range A:B, got {shown(self.score_layers)}")
+            raise refused("score_layers", "a layer N or a range A:B", self.score_layers)
         if self.attention_mass is not None:
             check_share("attention_mass", self.attention_mass)
         check_share("min_keep_ratio", self.min_keep_ratio)
         check_share("max_keep_ratio", self.max_keep_ratio)
         if self.min_keep_ratio > self.max_keep_ratio:
-            raise InvalidRequest(
-                f"min_keep_ratio must be at most max_keep_ratio ({self.max_keep_ratio}), got {self.min_keep_ratio}"
-            )
+            limit = f" ({self.max_keep_ratio}), got {self.min_keep_ratio}"
+            raise InvalidRequest(Knob("min_keep_ratio"), " must be at most ", Knob("max_keep_ratio"), limit)
         if self.prune_step is not None:
             check_integer("prune_step", self.prune_step, 0)
         if self.prune_steps is not None:
@@ -249,4 +254,4 @@ class PruningParams:
             check_integer("prune_layer", self.prune_layer, 0)
         check_one_of("prune_scope", self.prune_scope, SCOPES)
         if not isinstance(self.importance, tuple) or not all(map(fits_float32, self.importance)):
-            raise InvalidRequest(f"importance must be finite numbers, got {shown(self.importance)}")
+            raise refused("importance", "finite numbers", self.importance)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from redvtp.canvas.draft import lay_out
-from redvtp.errors import InvalidRequest
+from redvtp.errors import InvalidRequest, Knob
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.pruning.policy import Policy
 from redvtp.pruning.resolve import policy_for
@@ -93,12 +93,16 @@ def plan_request(
 def _check_length(plan: RequestPlan, max_model_len: int) -> None:
     if plan.prompt_tokens + plan.canvas_tokens <= max_model_len:
         return
-    prompt = f"prompt ({plan.prompt_tokens:,} tokens, {plan.visual_tokens:,} of them visual)"
-    parts = f"{prompt} plus gen_length {plan.denoising.gen_length}"
-    if plan.suffix_ids:
-        parts += f" plus a suffix of {len(plan.suffix_ids)} tokens"
+    length = Knob("gen_length")
+    suffix = f" plus a suffix of {len(plan.suffix_ids)} tokens" if plan.suffix_ids else ""
     raise InvalidRequest(
-        f"{parts} exceeds max_model_len {max_model_len}; shorten gen_length (max_tokens) or use a smaller image"
+        f"prompt ({plan.prompt_tokens:,} tokens, {plan.visual_tokens:,} of them visual) plus ",
+        length,
+        f" {plan.denoising.gen_length}{suffix} exceeds ",
+        Knob("max_model_len"),
+        f" {max_model_len}; shorten ",
+        length,
+        " or use a smaller image",
     )
 
 

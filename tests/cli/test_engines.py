@@ -199,7 +199,7 @@ def _refused(capfd: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_vllm_refuses_what_does_not_fit_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     question = ("--image", *WIDE.image_files, "--prompt", WIDE.question)
     line = _refused(capfd, MODEL, *question, "--max-model-len", "150", "--gen-length", "32")
-    assert "prompt (132 tokens, 70 of them visual) plus gen_length 32 exceeds max_model_len 150" in line
+    assert "70 of them visual) plus --gen-length 32 exceeds --max-model-len 150; shorten --gen-length or" in line
     assert "parameter=" not in line
 
 

@@ -161,7 +161,7 @@ def test_a_refusal_is_one_line_and_status_2_in_a_real_process() -> None:
     done = _command("generate", MODEL, "--prompt", "hello", "--keep-ratio", "1.5")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "redvtp generate: error: keep_ratio must be a number in (0, 1], got 1.5\n"
+    assert done.stderr == "redvtp generate: error: --keep-ratio must be a number in (0, 1], got 1.5\n"
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -177,32 +177,36 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--keep-ratio", "0"], "keep_ratio must be a number in (0, 1], got 0.0"),
-        (["--keep-ratio", "1.5"], "keep_ratio must be a number in (0, 1], got 1.5"),
-        (["--keep-ratio", "x"], "keep_ratio must be a number in (0, 1], got 'x'"),
-        (["--keep-ratio", "nan"], "keep_ratio must be a number in (0, 1], got nan"),
-        (["--gen-length", "0"], "gen_length must be an integer"),
-        (["--gen-length", "2.5"], "gen_length must be an integer"),
-        (["--gen-length", "32", "--steps", "33"], "steps must be an integer in [1, 32], got 33"),
-        (["--temperature", "-1"], "temperature must be a number >= 0, got -1.0"),
-        (["--remasking", "best"], "remasking must be one of low_confidence, entropy, margin, random, got 'best'"),
-        (["--cache", "suffix"], "cache must be one of none, prefix, dual, prefix_lm, got 'suffix'"),
-        (["--pruning", "later"], "pruning must be one of"),
-        (["--score-rows", "all"], "score_rows must be one of masked, response, prompt, prompt_response, committed"),
-        (["--score-layers", "9"], "score_layers must be layers N or a range A:B within 0:4, got '9'"),
-        (["--attention-mass", "2"], "attention_mass must be a number in (0, 1], got 2.0"),
-        (["--prune-step", "31"], "prune_step must be an integer in [0, 30] with 32 denoising steps, got 31"),
+        (["--keep-ratio", "0"], "--keep-ratio must be a number in (0, 1], got 0.0"),
+        (["--keep-ratio", "1.5"], "--keep-ratio must be a number in (0, 1], got 1.5"),
+        (["--keep-ratio", "x"], "--keep-ratio must be a number in (0, 1], got 'x'"),
+        (["--keep-ratio", "nan"], "--keep-ratio must be a number in (0, 1], got nan"),
+        (["--gen-length", "0"], "--gen-length must be an integer"),
+        (["--gen-length", "2.5"], "--gen-length must be an integer"),
+        (["--gen-length", "32", "--steps", "33"], "--steps must be an integer in [1, 32], got 33"),
+        (["--temperature", "-1"], "--temperature must be a number >= 0, got -1.0"),
+        (["--remasking", "best"], "--remasking must be one of low_confidence, entropy, margin, random, got 'best'"),
+        (["--cache", "suffix"], "--cache must be one of none, prefix, dual, prefix_lm, got 'suffix'"),
+        (["--pruning", "later"], "--pruning must be one of"),
+        (["--score-rows", "all"], "--score-rows must be one of masked, response, prompt, prompt_response, committed"),
+        (["--score-layers", "9"], "--score-layers must be layers N or a range A:B within 0:4, got '9'"),
+        (["--attention-mass", "2"], "--attention-mass must be a number in (0, 1], got 2.0"),
+        (["--prune-step", "31"], "--prune-step must be an integer in [0, 30] with 32 denoising steps, got 31"),
         (["--importance", "no/such.json"], "--importance no/such.json cannot be read"),
-        (["--schedule", "steep"], "schedule must be one of even, linear, shift, cosine, logit_normal, dream"),
-        (["--threshold", "0"], "threshold must be a number in (0, 1000], got 0.0"),
-        (["--min-confidence", "2"], "min_confidence must be a number in [0, 1], got 2.0"),
-        (["--threshold", "1", "--min-confidence", "0.9"], "threshold and min_confidence exclude each other"),
-        (["--schedule-shift", "-3"], "schedule_shift must be a number in [0.001, 1000], got -3.0"),
+        (["--schedule", "steep"], "--schedule must be one of even, linear, shift, cosine, logit_normal, dream"),
+        (["--threshold", "0"], "--threshold must be a number in (0, 1000], got 0.0"),
+        (["--min-confidence", "2"], "--min-confidence must be a number in [0, 1], got 2.0"),
+        (["--threshold", "1", "--min-confidence", "0.9"], "--threshold and --min-confidence exclude each other"),
+        (["--schedule-shift", "-3"], "--schedule-shift must be a number in [0.001, 1000], got -3.0"),
         (["--engine", "tgi"], "--engine must be one of local, vllm, got 'tgi'"),
         (["--max-model-len", "0"], "--max-model-len must be an integer >= 1, got 0"),
         (["--heatmap", "kept.png"], "--heatmap needs an --image"),
         (["--trace", "no/such/folder/trace.json"], "--trace no/such/folder/trace.json cannot be written"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate (see"),
+        (["--keep-ration=0.5"], "unrecognized arguments: --keep-ration=0.5; did you mean --keep-ratio? (see"),
+        (["--pruning", "redvpt"], "uniform, none, got 'redvpt'; did you mean 'redvtp'?"),
+        (["--dtype", "bfloat"], "; did you mean 'bfloat16'? (see"),
+        (["--engine", "vlm"], "--engine must be one of local, vllm, got 'vlm'; did you mean 'vllm'?"),
     ],
 )
 def test_flags_out_of_range_are_refused_by_name(
@@ -226,7 +230,7 @@ def test_importance_comes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     assert Image.open(heatmap).size == WIDE.images()[0].size
     for text, words in (
         ("[1, 2]", f"one number for each of the {visual} visual tokens of the request, got 2"),
-        ("[NaN]", "importance must be finite numbers"),
+        ("[NaN]", "--importance must be finite numbers"),
         ('{"scores": []}', "must hold a list, one number for each visual token"),
         ("[1,", "is not JSON"),
     ):
@@ -239,7 +243,9 @@ def test_a_prompt_and_canvas_over_the_limit_are_refused(capsys: pytest.CaptureFi
         capsys, MODEL, "--image", *WIDE.image_files, "--prompt", WIDE.question, "--max-model-len", "150",
         "--gen-length", "32",
     )  # fmt: skip
-    assert "prompt (132 tokens, 70 of them visual) plus gen_length 32 exceeds max_model_len 150" in line
+    assert (
+        "(132 tokens, 70 of them visual) plus --gen-length 32 exceeds --max-model-len 150; shorten --gen-length" in line
+    )
 
 
 def test_more_image_marks_than_images_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ def test_what_is_no_response_is_refused(
         ({"--image": __file__}, "test_heatmap.py"),
         ({"--output": "no/such/folder/kept.png"}, "--output no/such/folder/kept.png cannot be written"),
         ({"--output": "kept.txt"}, "--output kept.txt does not end like an image file; use .png"),
-        ({"--model": "nosuch"}, "nosuch is not a checkpoint folder on this machine"),
+        ({"--model": "nosuch"}, "--model nosuch is not a checkpoint folder: there is no such folder; name one with"),
     ],
     ids=str,
 )

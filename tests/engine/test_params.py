@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -65,7 +67,7 @@ BAD_PRUNING: list[tuple[dict[str, Any], str]] = [
     ({"keep_ratio": float("nan")}, "keep_ratio must be"),
     ({"keep_ratio": 10**400}, "keep_ratio must be"),
     ({"keep_ratio": [0.5]}, r"keep_ratio must be a number in \(0, 1\], got \[0.5\]"),
-    ({"preset": "magic"}, "pruning must be one of redvtp, .*, random, uniform, none, got 'magic'"),
+    ({"preset": "magic"}, "preset must be one of redvtp, .*, random, uniform, none, got 'magic'$"),
     ({"score_rows": "all"}, "score_rows must be one of masked, response, prompt, prompt_response, committed, got"),
     ({"score_layers": "3:"}, "score_layers must be a layer N or a range A:B, got '3:'"),
     ({"attention_mass": 1.2}, r"attention_mass must be a number in \(0, 1\], got 1.2"),
@@ -91,6 +93,44 @@ def test_bad_denoising_knobs_are_named(knobs: dict[str, Any], message: str) -> N
 def test_bad_pruning_knobs_are_named(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PruningParams(**knobs)
+
+
+@pytest.mark.parametrize(("knobs", "message"), BAD_DENOISING + BAD_PRUNING, ids=lambda value: str(value))
+def test_a_refusal_holds_its_knobs_as_parts(knobs: dict[str, Any], message: str) -> None:
+    """Each boundary writes them as its user typed them, so no name of a knob may stand in the text."""
+    params = PruningParams if (knobs, message) in BAD_PRUNING else DenoisingParams
+    with pytest.raises(InvalidRequest) as refusal:
+        params(**knobs)
+    shown = refusal.value.spelled(lambda name: f"<{name.upper()}>")
+    names = {field.name for field in fields(params)}
+    said = shown.partition(" got ")[0]
+    assert any(said.startswith(f"<{name.upper()}> ") for name in knobs)
+    assert not {word for word in names if word in said.split()}
+    assert str(pickle.loads(pickle.dumps(refusal.value))) == str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("params", "knobs", "meant"),
+    [
+        (PruningParams, {"preset": "redvpt"}, "redvtp"),
+        (PruningParams, {"preset": "llada_fastv"}, "llada-fastv"),
+        (PruningParams, {"positions": "Compact"}, "compact"),
+        (DenoisingParams, {"cache": "prefix-lm"}, "prefix_lm"),
+        (DenoisingParams, {"cache": "duel"}, "dual"),
+        (DenoisingParams, {"remasking": "low_confidenc"}, "low_confidence"),
+        (DenoisingParams, {"schedule": "evn"}, "even"),
+    ],
+)
+def test_a_misspelt_choice_is_answered_with_the_right_one(params: Any, knobs: dict[str, Any], meant: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"; did you mean '{meant}'\?$"):
+        params(**knobs)
+
+
+@pytest.mark.parametrize("value", ["magic", "", 3, None, ["redvtp"], "redvtp" * 10**6])
+def test_a_choice_like_no_other_gets_no_suggestion(value: Any) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        PruningParams(preset=value)
+    assert "did you mean" not in str(refusal.value)
 
 
 def test_a_preset_adapts_to_few_steps_and_a_request_does_not() -> None:

@@ -112,11 +112,11 @@ def test_agreement_counts_places_of_the_longer_answer(answer: list[int], share: 
         (("--prompt", "Hi"), "there is nothing to prune in a request without an image; pass --image FILE"),
         (("--image", IMAGE), "no question was given; pass --prompt TEXT"),
         ((*ASKED, "--policies", "external"), "external needs scores that come with a request"),
-        ((*ASKED, "--policies", "best"), "pruning must be one of"),
-        ((*ASKED, "--keep", "2"), "keep_ratio must be a number in (0, 1], got 2.0"),
+        ((*ASKED, "--policies", "best"), "--policies must be one of"),
+        ((*ASKED, "--keep", "2"), "--keep must be a number in (0, 1], got 2.0"),
         ((*ASKED, "--repeats", "0"), "--repeats must be an integer >= 1, got 0"),
         ((*ASKED, "--output", "kept.txt"), "does not end like an image file"),
-        ((*ASKED, "--gen-length", "5000", "--steps", "5000"), "exceeds max_model_len"),
+        ((*ASKED, "--gen-length", "5000", "--steps", "5000"), "exceeds --max-model-len"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(

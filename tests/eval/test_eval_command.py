@@ -260,29 +260,29 @@ def test_a_question_the_model_cannot_be_asked_counts_as_wrong_and_is_said(
     (cell,) = json.loads(out)["cells"]
     assert (cell["all"]["questions"], cell["all"]["errors"], cell["all"]["exact_match"]["correct"]) == (3, 2, 1)
     assert "2 questions could not be asked and count as wrong" in err
-    assert "exceeds max_model_len 300" in err
+    assert " exceeds --max-model-len 300; shorten --gen-length or" in err
     assert "damaged or cut short" in err
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--policies", "redvpt"], "pruning must be one of redvtp, llada-fastv, fastv, late, progressive"),
-        (["--policies", "external"], "policy external needs an importance for each question"),
+        (["--policies", "redvpt"], "--policies must be one of redvtp, llada-fastv, fastv, late, progressive"),
+        (["--policies", "external"], "--policies external needs an importance for each question"),
         (["--policies", ","], "--policies must name at least one"),
-        (["--keep", "0.5,1.5"], "keep_ratio must be a number in (0, 1], got 1.5"),
+        (["--keep", "0.5,1.5"], "--keep must be a number in (0, 1], got 1.5"),
         (["--keep", "half"], "--keep must be numbers in (0, 1] with commas, got 'half'"),
-        (["--cache", "none,some"], "cache must be one of none, prefix, dual, prefix_lm, got 'some'"),
+        (["--cache", "none,some"], "--cache must be one of none, prefix, dual, prefix_lm, got 'some'"),
         (["--limit", "0"], "--limit must be an integer >= 1, got 0"),
         (["--concurrency", "x"], "--concurrency must be an integer >= 1, got 'x'"),
         (["--suffix", " end"], "--suffix would be a part of every answer"),
         (
             ["--steps", "9"],
-            "line 1 of the task file cannot be asked with these flags: steps must be an integer in [1, 1]",
+            "line 1 of the task file cannot be asked with these flags: --steps must be an integer in [1, 1]",
         ),
-        (["--gen-length", "-1"], "gen_length must be an integer in [1, 65536], got -1"),
-        (["--temperature", "-1"], "temperature must be a number >= 0, got -1"),
-        (["--remasking", "best"], "remasking must be one of"),
+        (["--gen-length", "-1"], "--gen-length must be an integer in [1, 65536], got -1"),
+        (["--temperature", "-1"], "--temperature must be a number >= 0, got -1"),
+        (["--remasking", "best"], "--remasking must be one of"),
         (["--server", "http://127.0.0.1:9"], "--dtype, --max-model-len and --block-size are the server's own"),
     ],
 )

@@ -226,10 +226,11 @@ def test_where_the_kernel_cannot_serve_torch_does(llm: LLM) -> None:
     [
         (
             "cpu",
-            "attention 'cpu' cannot be used: vLLM's CPU kernel knows no head_dim 16, only 32, .*; use 'auto'",
+            "-config: redvtp.attention 'cpu' cannot be used: vLLM's CPU kernel knows no head_dim 16, .*; use 'auto'",
         ),
-        ("flash", "attention must be one of auto, torch, cpu, got 'flash'"),
-        (["torch"], "attention must be one of auto, torch, cpu"),
+        ("flash", "--additional-config: redvtp.attention must be one of auto, torch, cpu, got 'flash'"),
+        ("touch", "got 'touch'; did you mean 'torch'"),
+        (["torch"], "redvtp.attention must be one of auto, torch, cpu"),
     ],
 )
 def test_attention_that_cannot_be_had_is_refused_at_the_start(asked: object, message: str) -> None:

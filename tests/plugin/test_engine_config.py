@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,15 +98,41 @@ def test_operators_choice_stands(options: list[str], read: Callable[[Any], Any],
             ["--async-scheduling"],
             "--async-scheduling cannot work with .* of LLaDA-V: a pruning decides",
         ),
-        (["--additional-config", '{"redvtp": {"keep_ratio": 2}}'], r"keep_ratio must be a number in \(0, 1\], got 2"),
-        (["--additional-config", '{"redvtp": {"keepratio": 1}}'], "unknown redvtp knob 'keepratio'; allowed: "),
+        (["--additional-config", '{"redvtp": {"keep_ratio": 2}}'], r"-config: redvtp.keep_ratio must be a .*, got 2"),
+        (["--additional-config", '{"redvtp": {"pruning": "redvpt"}}'], "redvtp.pruning must .*; did you mean 'redvtp'"),
+        (
+            ["--additional-config", '{"redvtp": {"threshold": 1, "min_confidence": 0.9}}'],
+            "--additional-config: redvtp.threshold and redvtp.min_confidence exclude each other",
+        ),
+        (
+            ["--additional-config", '{"redvtp": {"keepratio": 1}}'],
+            "knob redvtp.keepratio; did you mean redvtp.keep_ratio",
+        ),
+        (["--additional-config", '{"redvtp": {"redvtp_cache": "dual"}}'], "did you mean redvtp.cache"),
+        (["--additional-config", '{"redvtp": {"attntion": "cpu"}}'], "did you mean redvtp.attention"),
+        (["--additional-config", '{"redvtp": {"budget": 1}}'], "unknown knob redvtp.budget; allowed: attention_mass, "),
         (["--additional-config", '{"redvtp": 0.5}'], "'redvtp' must be an object of knobs, got 0.5"),
+        (["--additional-config", '{"redvpt": {"cache": "dual"}}'], "unknown key 'redvpt'; did you mean \"redvtp\"?"),
+        (
+            ["--additional-config", '{"redvtp_cache": "dual"}'],
+            r"--additional-config: unknown key 'redvtp_cache'; did you mean \{\"redvtp\": \{\"cache\": \.\.\.\}\}\?",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_command_line_that_cannot_work_is_refused(options: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         engine_config(MODEL, *options)
+
+
+def test_default_outside_of_our_part_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    try:
+        engine_config(MODEL, "--additional-config", '{"keep_ratio": 0.25, "cache": "dual", "ascend": {}}')
+    finally:
+        logging.getLogger("vllm").removeHandler(caplog.handler)
+    (said,) = [record.getMessage() for record in caplog.records if "additional-config" in record.getMessage()]
+    assert '{"redvtp": {"keep_ratio": ...}}' in said
 
 
 @pytest.fixture

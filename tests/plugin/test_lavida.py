@@ -86,5 +86,5 @@ def test_only_the_marks_of_a_draft_are_filled(checkpoint: str, max_tokens: int |
 def test_a_draft_over_the_limit_the_client_named_is_refused(llm_factory: LlmFactory) -> None:
     llm = llm_factory("tiny-lavida")
     sampling = SamplingParams(max_tokens=3, extra_args={"redvtp_draft": "<mask>" * 4})
-    with pytest.raises(VLLMValidationError, match="draft has 4 tokens, more than gen_length 3"):
+    with pytest.raises(VLLMValidationError, match="redvtp_draft has 4 tokens, more than max_tokens 3; raise"):
         llm.generate([prompt_of(golden_data.Case("tiny-lavida", "wide"))], sampling)

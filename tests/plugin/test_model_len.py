@@ -77,7 +77,7 @@ def test_max_tokens_that_fills_the_context_is_a_length_like_any_other(fitted: LL
 def test_a_request_longer_than_the_fitted_length_is_refused_by_the_front_end(fitted: LLM, more: int) -> None:
     """It passed, and ended in the engine with finish reason `error`."""
     too_long = FITTED - _prompt_tokens(fitted) + more
-    reason = rf"plus gen_length {too_long} exceeds max_model_len {FITTED}"
+    reason = rf"plus max_tokens {too_long} exceeds max_model_len {FITTED}"
     with pytest.raises(VLLMValidationError, match=reason):
         _as_over_http(fitted, too_long)
     with pytest.raises(VLLMValidationError, match=reason):

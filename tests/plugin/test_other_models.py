@@ -44,8 +44,10 @@ def test_registration_imports_no_model_and_no_engine(facts: tuple[dict[str, Any]
     rooms = {".".join(module.split(".")[:2]) for module in modules}
     assert rooms <= {
         "redvtp",
+        "redvtp.errors",
         "redvtp.families",
         "redvtp.prompt",
+        "redvtp.values",
         "redvtp.vision",
         "vllm_redvtp",
         "vllm_redvtp.engine_config",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -51,6 +53,28 @@ def test_unknown_name_ends_with_the_installed_ones(
     said = capsys.readouterr().err
     assert f"--plugin {unknown}: no such vLLM plugin is installed (installed: " in said
     assert "redvtp" in said.split("(installed: ", 1)[1]
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "./nosuch", "/no/such", "~/nosuch"])
+def test_path_that_is_not_there_is_refused_in_one_sentence(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        serve_parser().parse_args([model, "--plugin", "redvtp"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {model} is not a checkpoint folder: there is no such folder; name one with " in said
+
+
+@pytest.mark.parametrize("model", ["GSAI-ML/LLaDA-V", "gpt2", "s3://bucket/a/model", "org/name/file.gguf", "../.."])
+def test_names_that_may_be_ids_and_folders_of_any_kind_are_left_to_vllm(model: str) -> None:
+    assert serve_parser().parse_args([model, "--plugin", "redvtp"]).model_tag == model
+    assert serve_parser().parse_args(["no/such/folder"]).model_tag == "no/such/folder"
+
+
+def test_families_of_one_model_type_register_its_template_once() -> None:
+    """vLLM warns where a second one replaces the first, at every start of every process."""
+    script = "import vllm_redvtp; vllm_redvtp.register()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "chat template" not in done.stdout + done.stderr
 
 
 def test_allow_list_gets_the_name_once(monkeypatch: pytest.MonkeyPatch) -> None:

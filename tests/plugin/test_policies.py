@@ -117,22 +117,25 @@ def test_what_is_dropped_before_the_first_step_takes_no_blocks(llm: LLM, pruning
             "one number for each of the 88 visual tokens of the request, got 2",
         ),
         ({"pruning": "external"}, "one number for each of the 88 visual tokens of the request, got 0"),
-        ({"pruning": "external", "importance": [float("nan")] * 88}, "importance must be finite numbers"),
-        ({"pruning": "external", "importance": ["1"] * 88}, "importance must be finite numbers"),
-        ({"importance": IMPORTANCE}, "importance has no meaning with pruning redvtp"),
+        ({"pruning": "external", "importance": [float("nan")] * 88}, "redvtp_importance must be finite numbers"),
+        ({"pruning": "external", "importance": ["1"] * 88}, "redvtp_importance must be finite numbers"),
+        ({"importance": IMPORTANCE}, "redvtp_importance has no meaning with redvtp_pruning redvtp"),
         (
             {"pruning": "attention-free", "attention_mass": 0.5},
-            "attention_mass has no meaning with pruning attention-f",
+            "redvtp_attention_mass has no meaning with redvtp_pruning attention-f",
         ),
-        ({"pruning": "attention-free", "prune_step": 1}, "prune_step has no meaning with pruning attention-free"),
-        ({"pruning": "external", "prune_steps": 2}, "prune_steps has no meaning with pruning external"),
-        ({"pruning": "random", "attention_mass": 0.5}, "attention_mass has no meaning with pruning random"),
-        ({"pruning": "uniform", "score_rows": "prompt"}, "score_rows has no meaning with pruning uniform"),
-        ({"prune_step": 11}, r"prune_step must be an integer in \[0, 10\] with 12 denoising steps, got 11"),
-        ({"prune_step": 9, "prune_steps": 3}, r"prune_steps must be an integer in \[1, 2\] from step 9 on .*, got 3"),
-        ({"score_layers": "2:9"}, "score_layers must be layers N or a range A:B within 0:4, got '2:9'"),
-        ({"score_rows": "prompt", "cache": "prefix_lm"}, "score_rows prompt needs steps that compute the prompt"),
-        ({"prune_layer": 9}, r"prune_layer must be an integer in \[0, 3\] for a model of 4 layers, got 9"),
+        ({"pruning": "attention-free", "prune_step": 1}, "redvtp_prune_step has no meaning with redvtp_pruning att"),
+        ({"pruning": "external", "prune_steps": 2}, "redvtp_prune_steps has no meaning with redvtp_pruning external"),
+        ({"pruning": "random", "attention_mass": 0.5}, "_attention_mass has no meaning with redvtp_pruning random"),
+        ({"pruning": "uniform", "score_rows": "prompt"}, "_score_rows has no meaning with redvtp_pruning uniform"),
+        ({"prune_step": 11}, r"redvtp_prune_step must be an integer in \[0, 10\] with 12 denoising steps, got 11"),
+        ({"prune_step": 9, "prune_steps": 3}, r"_prune_steps must be an integer in \[1, 2\] from step 9 on .*, got 3"),
+        ({"score_layers": "2:9"}, "redvtp_score_layers must be layers N or a range A:B within 0:4, got '2:9'"),
+        (
+            {"score_rows": "prompt", "cache": "prefix_lm"},
+            "prompt needs steps .*, and with redvtp_cache prefix_lm none does",
+        ),
+        ({"prune_layer": 9}, r"redvtp_prune_layer must be an integer in \[0, 3\] for a model of 4 layers, got 9"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -165,5 +168,5 @@ def test_a_servers_policy_is_its_own_and_bends_to_short_canvases(llm_factory: Ca
 def test_a_server_does_not_start_with_a_policy_that_fits_no_request() -> None:
     from plugin.conftest import in_process_llm
 
-    with pytest.raises(ValueError, match="score_layers must be layers N or a range A:B within 0:4, got '7'"):
+    with pytest.raises(ValueError, match=r"-config: redvtp\.score_layers must be layers N or a range .* within 0:4"):
         in_process_llm(str(SQUARE.model_dir), additional_config={"redvtp": {"score_layers": "7"}})

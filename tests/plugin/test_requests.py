@@ -35,23 +35,32 @@ def answering(llm: LLM) -> Iterator[LLM]:
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"keep_ratio": 0}, r"keep_ratio must be a number in \(0, 1\], got 0"),
-        ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \(0, 1\], got 1.5"),
-        ({"keep_ratio": "x"}, r"keep_ratio must be a number in \(0, 1\], got 'x'"),
-        ({"keep_ratio": float("nan")}, r"keep_ratio must be a number in \(0, 1\], got nan"),
-        ({"keep_ratio": [0.5]}, r"keep_ratio must be a number"),
-        ({"pruning": "redvpt"}, r"pruning must be one of redvtp, .*, random, uniform, none, got 'redvpt'"),
-        ({"positions": 3}, r"positions must be one of"),
-        ({"steps": 0}, r"steps must be an integer"),
-        ({"steps": 16.0}, r"steps must be an integer"),
-        ({"steps": 9}, r"steps must be an integer in \[1, 8\], got 9"),
-        ({"block_length": 9}, r"block_length must be an integer in \[1, 8\], got 9"),
-        ({"block_length": 4, "steps": 1}, r"steps must be at least the number of canvas blocks"),
-        ({"cache": "prefix", "refresh_interval": 0}, r"refresh_interval must be an integer >= 1, got 0"),
-        ({"suffix": 1}, r"suffix must be a string"),
-        ({"report": "all"}, r"report must be one of none, summary, full, got 'all'"),
-        ({"keepratio": 0.5}, r"unknown knob 'redvtp_keepratio'; allowed: .*redvtp_keep_ratio"),
-        ({"temperature": 0.5}, r"unknown knob 'redvtp_temperature'"),
+        ({"keep_ratio": 0}, r"redvtp_keep_ratio must be a number in \(0, 1\], got 0"),
+        ({"keep_ratio": 1.5}, r"redvtp_keep_ratio must be a number in \(0, 1\], got 1.5"),
+        ({"keep_ratio": "x"}, r"redvtp_keep_ratio must be a number in \(0, 1\], got 'x'"),
+        ({"keep_ratio": float("nan")}, r"redvtp_keep_ratio must be a number in \(0, 1\], got nan"),
+        ({"keep_ratio": [0.5]}, r"redvtp_keep_ratio must be a number"),
+        (
+            {"pruning": "redvpt"},
+            r"redvtp_pruning must be one of redvtp, .*, none, got 'redvpt'; did you mean 'redvtp'\?",
+        ),
+        ({"positions": 3}, r"redvtp_positions must be one of"),
+        ({"steps": 0}, r"redvtp_steps must be an integer"),
+        ({"steps": 16.0}, r"redvtp_steps must be an integer"),
+        ({"steps": 9}, r"redvtp_steps must be an integer in \[1, 8\], got 9"),
+        ({"block_length": 9}, r"redvtp_block_length must be an integer in \[1, 8\], got 9"),
+        ({"block_length": 4, "steps": 1}, r"redvtp_steps must be at least the number of canvas blocks"),
+        ({"cache": "prefix", "refresh_interval": 0}, r"redvtp_refresh_interval must be an integer >= 1, got 0"),
+        ({"suffix": 1}, r"redvtp_suffix must be a string"),
+        ({"report": "all"}, r"redvtp_report must be one of none, summary, full, got 'all'"),
+        ({"keepratio": 0.5}, r"unknown knob 'redvtp_keepratio'; did you mean redvtp_keep_ratio\?"),
+        ({"keep_ration": 0.5}, r"unknown knob 'redvtp_keep_ration'; did you mean redvtp_keep_ratio\?"),
+        ({"budget": 0.5}, r"unknown knob 'redvtp_budget'; allowed: .*redvtp_keep_ratio"),
+        ({"temperature": 0.5}, r"unknown knob 'redvtp_temperature'; temperature is a field of the request itself"),
+        (
+            {"threshold": 1, "min_confidence": 0.9},
+            "redvtp_threshold and redvtp_min_confidence exclude each other, got 1 and 0.9",
+        ),
         ({"gen_length": 0}, r"gen_length .* got 0|gen_length 0 differs"),
         ({"gen_length": 9}, r"redvtp_gen_length 9 differs from max_tokens 8"),
     ],
@@ -83,8 +92,26 @@ def test_sampling_option_without_a_meaning_here_is_refused(
     _refused(answering, HELLO, message, **sampling)
 
 
-def test_other_extra_arguments_are_left_alone(answering: LLM) -> None:
-    sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, extra_args={"trace_label": "x"})
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("keep_ratio", "keep_ratio"),
+        ("cache", "cache"),
+        ("keep_ration", "keep_ratio"),
+        ("prune-stepps", "prune_steps"),
+        ("redvpt_keep_ratio", "keep_ratio"),
+        ("redvpt_cache", "cache"),
+        ("REDVTP_Cache", "cache"),
+    ],
+)
+def test_knob_under_another_name_is_refused_with_its_own(answering: LLM, name: str, meant: str) -> None:
+    _refused(answering, HELLO, rf"unknown knob '{name}'; did you mean redvtp_{meant}\?", extra_args={name: 0.5})
+
+
+@pytest.mark.parametrize("name", ["trace_label", "step", "cached", "keep", "ratio", "max_confidence", "x" * 100_000])
+def test_other_extra_arguments_are_left_alone(answering: LLM, name: str) -> None:
+    """They may be another plugin's."""
+    sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, extra_args={name: "x"})
     (output,) = answering.generate([HELLO], sampling, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 4
 
@@ -110,11 +137,11 @@ def test_prompt_canvas_and_suffix_must_fit_the_model(answering: LLM) -> None:
     longest = answering.model_config.max_model_len
     prompt = SQUARE.meta["prompt_len"]
     room = longest - prompt
-    what = rf"prompt \({prompt} tokens, 88 of them visual\) plus gen_length"
+    what = rf"prompt \({prompt} tokens, 88 of them visual\) plus max_tokens"
     _refused(
         answering,
         prompt_of(SQUARE),
-        rf"{what} {room + 1} exceeds max_model_len {longest}; shorten gen_length",
+        rf"{what} {room + 1} exceeds max_model_len {longest}; shorten max_tokens or use",
         max_tokens=room + 1,
     )
     suffix = {"redvtp_suffix": " and so it goes on"}

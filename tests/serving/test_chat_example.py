@@ -91,10 +91,10 @@ def test_heat_map_is_drawn(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "status", "said"),
     [
-        (("--pruning", "best"), 1, "refused (HTTP 400): pruning must be one of redvtp, llada-fastv"),
-        (("--cache", "some"), 1, "refused (HTTP 400): cache must be one of none, prefix"),
-        (("--knob", "prune_stepps=1"), 1, "unknown knob 'redvtp_prune_stepps'; allowed: redvtp_attention_mass"),
-        (("--knob", "prune_layer=9"), 1, "prune_layer must be an integer in [0, 3]"),
+        (("--pruning", "best"), 1, "refused (HTTP 400): redvtp_pruning must be one of redvtp, llada-fastv"),
+        (("--cache", "some"), 1, "refused (HTTP 400): redvtp_cache must be one of none, prefix"),
+        (("--knob", "prune_stepps=1"), 1, "unknown knob 'redvtp_prune_stepps'; did you mean redvtp_prune_steps?"),
+        (("--knob", "prune_layer=9"), 1, "redvtp_prune_layer must be an integer in [0, 3]"),
         (("--knob", "prune_layer"), 2, "argument --knob: must be NAME=VALUE, got 'prune_layer'"),
     ],
     ids=str,

@@ -93,11 +93,11 @@ def test_pruning_gives_blocks_back_in_both_cache_modes(client: openai.OpenAI, mo
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
-        ({"schedule": "steep"}, "schedule must be one of even, linear, shift"),
-        ({"schedule_shift": 0}, r"schedule_shift must be a number in \[0.001, 1000\], got 0"),
-        ({"remasking": "best"}, "remasking must be one of low_confidence, entropy"),
-        ({"draft": "all said"}, "draft must be text with at least one <mask>"),
-        ({"draft": "<mask>" * 9}, "draft has 9 tokens, more than gen_length 8"),
+        ({"schedule": "steep"}, "redvtp_schedule must be one of even, linear, shift"),
+        ({"schedule_shift": 0}, r"redvtp_schedule_shift must be a number in \[0.001, 1000\], got 0"),
+        ({"remasking": "best"}, "redvtp_remasking must be one of low_confidence, entropy"),
+        ({"draft": "all said"}, "redvtp_draft must be text with at least one <mask>"),
+        ({"draft": "<mask>" * 9}, "redvtp_draft has 9 tokens, more than max_tokens 8; raise max_tokens"),
     ],
 )
 def test_knobs_out_of_range_are_refused(client: openai.OpenAI, model: str, knobs: dict[str, Any], words: str) -> None:

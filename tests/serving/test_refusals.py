@@ -43,9 +43,9 @@ def _refused(client: openai.OpenAI, model: str, *messages: Any, match: str, **op
     ("knobs", "reason"),
     [
         ({"pruning": "external", "importance": [0.5] * 3}, "one number for each of the 88 visual tokens .* got 3"),
-        ({"pruning": "external", "importance": ["high"] * 88}, "importance must be finite numbers"),
-        ({"pruning": "attention-free", "prune_step": 0}, "prune_step has no meaning with pruning attention-free"),
-        ({"score_layers": "3:9"}, "score_layers must be layers N or a range A:B within 0:4, got '3:9'"),
+        ({"pruning": "external", "importance": ["high"] * 88}, "redvtp_importance must be finite numbers"),
+        ({"pruning": "attention-free", "prune_step": 0}, "redvtp_prune_step has no meaning with redvtp_pruning att"),
+        ({"score_layers": "3:9"}, "redvtp_score_layers must be layers N or a range A:B within 0:4, got '3:9'"),
     ],
 )
 def test_impossible_policy_is_refused(answering: openai.OpenAI, model: str, knobs: dict[str, Any], reason: str) -> None:
@@ -135,21 +135,24 @@ def test_completions_refuse_a_mark(answering: openai.OpenAI, model: str) -> None
 @pytest.mark.parametrize(
     ("knobs", "reason"),
     [
-        ({"keep_ratio": 0}, r"keep_ratio must be a number in \(0, 1\], got 0"),
-        ({"keep_ratio": 1.5}, r"keep_ratio must be a number in \(0, 1\], got 1.5"),
-        ({"keep_ratio": "x"}, r"keep_ratio must be a number in \(0, 1\], got 'x'"),
+        ({"keep_ratio": 0}, r"redvtp_keep_ratio must be a number in \(0, 1\], got 0"),
+        ({"keep_ratio": 1.5}, r"redvtp_keep_ratio must be a number in \(0, 1\], got 1.5"),
+        ({"keep_ratio": "x"}, r"redvtp_keep_ratio must be a number in \(0, 1\], got 'x'"),
         ({"keep_ratio": None}, r"redvtp_keep_ratio"),
-        ({"gen_length": 0}, r"gen_length must be an integer in \[1, 65536\], got 0"),
-        ({"gen_length": 10**6}, r"gen_length must be an integer in \[1, 65536\], got 1000000"),
-        ({"block_length": 65}, r"block_length must be an integer in \[1, 64\], got 65"),
-        ({"pruning": "redvpt"}, r"pruning must be one of redvtp, llada-fastv, .*, uniform, none"),
-        ({"threshold": 0}, r"threshold must be a number in \(0, 1000\], got 0"),
-        ({"min_confidence": 1.5}, r"min_confidence must be a number in \[0, 1\], got 1.5"),
-        ({"threshold": 1, "min_confidence": 0.9}, "threshold and min_confidence exclude each other"),
-        ({"threshold": 1, "remasking": "entropy"}, "threshold needs remasking low_confidence or margin"),
-        ({"keepratio": 0.5}, r"unknown knob 'redvtp_keepratio'; allowed: .*redvtp_keep_ratio"),
+        ({"gen_length": 0}, r"redvtp_gen_length must be an integer in \[1, 65536\], got 0"),
+        ({"gen_length": 10**6}, r"redvtp_gen_length must be an integer in \[1, 65536\], got 1000000"),
+        ({"block_length": 65}, r"redvtp_block_length must be an integer in \[1, 64\], got 65"),
+        (
+            {"pruning": "redvpt"},
+            r"redvtp_pruning must be one of redvtp, .*, none, got 'redvpt'; did you mean 'redvtp'\?",
+        ),
+        ({"threshold": 0}, r"redvtp_threshold must be a number in \(0, 1000\], got 0"),
+        ({"min_confidence": 1.5}, r"redvtp_min_confidence must be a number in \[0, 1\], got 1.5"),
+        ({"threshold": 1, "min_confidence": 0.9}, "redvtp_threshold and redvtp_min_confidence exclude each other"),
+        ({"threshold": 1, "remasking": "entropy"}, "redvtp_threshold needs redvtp_remasking low_confidence or margin"),
+        ({"keepratio": 0.5}, r"unknown knob 'redvtp_keepratio'; did you mean redvtp_keep_ratio\?"),
         ({"keep-ratio": 0.5}, r"unknown knob 'redvtp_keep-ratio'; did you mean redvtp_keep_ratio\?"),
-        ({"suffix": "long " * 40_000}, "suffix must have at most 65,536 characters, got 200,000"),
+        ({"suffix": "long " * 40_000}, "redvtp_suffix must have at most 65,536 characters, got 200,000"),
     ],
     ids=str,
 )
@@ -240,7 +243,7 @@ def test_prompt_and_canvas_must_fit_the_model(answering: openai.OpenAI, model: s
     prompt = SQUARE.meta["prompt_len"]
     room = LONGEST - prompt
     reason = (
-        rf"prompt \({prompt} tokens, 88 of them visual\) plus gen_length {room + 1} exceeds max_model_len {LONGEST}"
+        rf"prompt \({prompt} tokens, 88 of them visual\) plus max_tokens {room + 1} exceeds max_model_len {LONGEST}"
     )
     _refused(answering, model, message(SQUARE.question, [PHOTO]), match=reason, max_tokens=room + 1)
     _refused(answering, model, message("long " * LONGEST), match=f"maximum context length is {LONGEST}")

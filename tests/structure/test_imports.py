@@ -20,6 +20,7 @@ ORDER = {
     "redvtp": (
         ("presets", "errors", "reports", "clock"),
         ("values",),
+        ("model_folder",),
         ("params",),
         ("kv", "vision"),
         ("attention", "prompt"),
@@ -31,12 +32,13 @@ ORDER = {
         ("local_queue",),
         ("local",),
         ("trace",),
-        ("heatmap", "engines"),
+        ("heatmap", "engines", "doctor"),
         ("evaluation",),
         ("cli",),
     ),
     "vllm_redvtp": (
         ("engine_config", "output", "patches", "server_options"),
+        ("knob_names",),
         ("knobs",),
         ("planning",),
         ("attention",),
@@ -45,6 +47,7 @@ ORDER = {
         ("hook",),
         ("quiet",),
         ("offline",),
+        ("diagnosis",),
         ("__init__",),
     ),
 }

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from redvtp.values import shown
+from redvtp.errors import InvalidRequest, Knob
+from redvtp.values import did_you_mean, refused
 from vllm_redvtp.attention.cpu import CPU
 from vllm_redvtp.attention.reference import TORCH
 from vllm_redvtp.attention.server_backend import ServerBackend
-from vllm_redvtp.server_options import attention_option
+from vllm_redvtp.server_options import ATTENTION, attention_option, option_refusals
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -23,17 +24,18 @@ AUTO = "auto"
 BACKENDS: dict[str, ServerBackend] = {backend.name: backend for backend in (CPU, TORCH)}
 
 
+@option_refusals()
 def chosen_backend(vllm_config: VllmConfig) -> ServerBackend:
     """Raises ValueError for a backend that there is not, or that cannot serve this configuration."""
     option = attention_option(vllm_config)
     if option == AUTO:
         return next(backend for backend in BACKENDS.values() if _against(backend, vllm_config) is None)
     if not isinstance(option, str) or option not in BACKENDS:
-        names = ", ".join((AUTO, *reversed(BACKENDS)))
-        raise ValueError(f"attention must be one of {names}, got {shown(option)}")
+        names = (AUTO, *reversed(BACKENDS))
+        raise refused(ATTENTION, f"one of {', '.join(names)}", option, did_you_mean(option, names))
     obstacle = BACKENDS[option].obstacle(vllm_config)
     if obstacle is not None:
-        raise ValueError(f"attention {option!r} cannot be used: {obstacle}; use 'auto' or 'torch'")
+        raise InvalidRequest(Knob(ATTENTION), f" {option!r} cannot be used: {obstacle}; use 'auto' or 'torch'")
     return BACKENDS[option]
 
 

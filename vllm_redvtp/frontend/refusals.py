@@ -15,7 +15,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from redvtp.errors import InvalidRequest
 from redvtp.values import shown
-from vllm_redvtp.knobs import knob_values, pruning_params
+from vllm_redvtp.knob_names import in_request, knob_values
+from vllm_redvtp.knobs import pruning_params
 
 # Sampling options that a canvas has no meaning for (docs/knobs.md says why): name, and whether a request uses it.
 # top_p, top_k and min_p change nothing at temperature 0, and many clients always send them.
@@ -86,7 +87,7 @@ class RequestKnobs(LogitsProcessor, LogitsProcessorV2):
             pruning_params(knobs)
         except ValueError as error:
             # The value is in the message and not in `value=`: a NaN there cannot be written as JSON.
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+            raise VLLMValidationError(in_request(error, sampling_params), parameter="vllm_xargs") from error
 
     def __init__(self, *args: Any) -> None:
         raise NotImplementedError("RequestKnobs only validates; vllm-redvtp samples in its model runner")

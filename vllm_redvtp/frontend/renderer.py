@@ -19,7 +19,8 @@ from vllm.sampling_params import SamplingParams
 from redvtp.prompt import split_prompt
 from vllm_redvtp.engine_config import engine_config
 from vllm_redvtp.frontend.processing import decode_prompt
-from vllm_redvtp.knobs import PREFIX, write_gen_length
+from vllm_redvtp.knob_names import PREFIX, in_request
+from vllm_redvtp.knobs import write_gen_length
 from vllm_redvtp.patches import CHECK, install_request_check, media_errors_as_refusals
 from vllm_redvtp.planning import RequestPlanner, ServedRequest
 
@@ -110,4 +111,4 @@ class DiffusionRenderer(HfRenderer):
         try:
             return self._planner.plan(sampling, prompt_tokens, group_lengths, max_tokens=max_tokens)
         except ValueError as error:
-            raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+            raise VLLMValidationError(in_request(error, sampling), parameter="vllm_xargs") from error

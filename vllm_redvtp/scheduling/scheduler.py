@@ -27,6 +27,7 @@ from vllm.v1.request import Request, RequestStatus
 from redvtp.errors import InvalidRequest
 from redvtp.kv.blocks import blocks_needed
 from redvtp.reports import StepReport
+from vllm_redvtp.knob_names import in_request
 from vllm_redvtp.knobs import write_gen_length
 from vllm_redvtp.output import DenoisingOutput
 from vllm_redvtp.planning import RequestPlanner, visual_spans
@@ -69,9 +70,10 @@ class DiffusionScheduler(Scheduler):
             self._sessions.refuse(request)
             self._states[request.request_id] = self._plan(request)
         except ValueError as error:
-            logger.error("request %s refused: %s", request.request_id, error)
+            reason = in_request(error, request.sampling_params)
+            logger.error("request %s refused: %s", request.request_id, reason)
             request.resumable = False
-            self._ending[request.request_id] = str(error)
+            self._ending[request.request_id] = reason
             if request.request_id in self.requests:
                 # A later message of a session whose first one is about to be ended.
                 return

@@ -12,6 +12,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 
 from redvtp.families.config import DvlmConfig
+from redvtp.kv.blocks import kv_token_bytes
 from redvtp.kv.pages import KVPages
 from vllm_redvtp.attention.choice import chosen_backend
 from vllm_redvtp.attention.server_backend import PageShape
@@ -56,11 +57,10 @@ def make_pages(
     return chosen_backend(vllm_config).make_pages(shape)
 
 
-def kv_token_bytes(config: DvlmConfig, vllm_config: VllmConfig) -> int:
+def token_bytes(config: DvlmConfig, vllm_config: VllmConfig) -> int:
     """Keys and values of one token on this rank."""
-    return (
-        2 * config.num_hidden_layers * _kv_heads(config, vllm_config) * config.head_dim * _dtype(vllm_config).itemsize
-    )
+    heads = _kv_heads(config, vllm_config)
+    return kv_token_bytes(config.num_hidden_layers, heads, config.head_dim, _dtype(vllm_config).itemsize)
 
 
 def _kv_heads(config: DvlmConfig, vllm_config: VllmConfig) -> int:

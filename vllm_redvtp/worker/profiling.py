@@ -17,7 +17,7 @@ from redvtp.prompt import SpecialTokens
 from redvtp.pruning.resolve import policy_of
 from vllm_redvtp.knobs import server_defaults
 from vllm_redvtp.server_options import vision_cache_bytes
-from vllm_redvtp.worker.kv_cache import kv_token_bytes, make_pages
+from vllm_redvtp.worker.kv_cache import make_pages, token_bytes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -93,7 +93,7 @@ def _embeddings_held(model: Dvlm, vllm_config: VllmConfig) -> int:
         vllm_config.scheduler_config.max_num_seqs,
         vllm_config.model_config.max_model_len - 1,
         model.config.hidden_size * model.dtype.itemsize,
-        kv_token_bytes(model.config, vllm_config),
+        token_bytes(model.config, vllm_config),
         server_defaults(vllm_config).get("keep_ratio", PruningParams().keep_ratio),
         _memory_for_sequences(vllm_config, model.device),
     )

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
-from redvtp.errors import InvalidRequest
+from redvtp.errors import InvalidRequest, Knob
 from redvtp.params import MASK_MARK, DenoisingParams
 
 
@@ -24,7 +24,10 @@ def draft_tokens(
     first, *others = (tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in draft.split(MASK_MARK))
     tokens = (*first, *(token for piece in others for token in (mask_id, *piece)))
     if limit is not None and len(tokens) > limit:
-        raise InvalidRequest(f"draft has {len(tokens)} tokens, more than gen_length {limit}; raise gen_length")
+        length = Knob("gen_length")
+        raise InvalidRequest(
+            Knob("draft"), f" has {len(tokens)} tokens, more than ", length, f" {limit}; raise ", length
+        )
     return tokens
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redvtp.engines import BLOCK_SIZE, EngineOptions
-from redvtp.errors import BadInput, refusing
+from redvtp.errors import BadInput, Knob, Refusal, refusing
+from redvtp.model_folder import why_no_model
 from redvtp.params import DenoisingParams
 
 if TYPE_CHECKING:
@@ -25,6 +26,37 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 EXTRA = "pip install 'vllm-redvtp[eval]'"
+
+
+class Mistakes:
+    """Gathers what is wrong with a command line, so that all of it is said at once.
+
+    mistakes = Mistakes()
+    with mistakes:
+        check_checkpoint(options)
+    with mistakes:
+        images = open_images(options.image)
+    mistakes.refuse()
+    use(images)  # bound, since nothing was refused
+    """
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str | Knob, ...]] = []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, BadInput | ValueError):
+            return False
+        self._found.append(error.parts if isinstance(error, Refusal) else (str(error),))
+        return True
+
+    def refuse(self) -> None:
+        """Raises BadInput with all that was found, if anything was."""
+        if not self._found:
+            return
+        first, *others = dict.fromkeys(self._found)
+        raise BadInput(*first, *(part for parts in others for part in ("; also: ", *parts)))
 
 
 def positive(flag: str, value: object) -> int | None:
@@ -60,8 +92,9 @@ def check_checkpoint(options: argparse.Namespace) -> None:
     """Raises BadInput if the model is no checkpoint folder, or an engine flag is not a positive integer."""
     positive("max-model-len", options.max_model_len)
     positive("block-size", options.block_size)
-    if not (Path(options.model) / "config.json").is_file():
-        raise BadInput(f"{options.model} is not a checkpoint folder: it has no config.json")
+    reason = why_no_model(options.model)
+    if reason is not None:
+        raise BadInput(reason)
 
 
 def check_libraries() -> None:
@@ -72,10 +105,15 @@ def check_libraries() -> None:
 
 
 def open_images(paths: list[Path]) -> tuple[Image, ...]:
-    """Raises ValueError naming a file that is no image."""
+    """Raises BadInput naming every file that is no image."""
     from redvtp.vision.images import open_image
 
-    return tuple(open_image(path) for path in paths)
+    mistakes, images = Mistakes(), []
+    for path in paths:
+        with mistakes:
+            images.append(open_image(path))
+    mistakes.refuse()
+    return tuple(images)
 
 
 def read_json(name: str, path: Path) -> Any:

@@ -15,6 +15,7 @@ from PIL.Image import Image
 
 from redvtp.cli.checks import (
     INTERRUPTED,
+    Mistakes,
     check_checkpoint,
     check_file,
     check_picture,
@@ -52,8 +53,7 @@ class _Checked:
 
 def compare(options: argparse.Namespace) -> int:
     """Returns the exit status: 130 when interrupted."""
-    with refusing():
-        checked = _checked(options)
+    checked = _checked(options)
     from redvtp.evaluation.comparison import ask, results
 
     # One request at a time: latencies are those of a request alone. No image cache: every answer encodes its image, as
@@ -73,25 +73,35 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def _checked(options: argparse.Namespace) -> _Checked:
-    """Everything that is refused before a model is loaded. Raises ValueError or BadInput."""
-    if not options.image:
-        raise BadInput("there is nothing to prune in a request without an image; pass --image FILE")
-    if options.prompt is None:
-        raise BadInput("no question was given; pass --prompt TEXT")
-    policies = listed("policies", options.policies)
-    if "external" in policies:
-        raise BadInput("policy external needs scores that come with a request, and there are none here; leave it out")
-    repeats = positive("repeats", options.repeats) or 1
-    pruning = PruningParams(positions=options.positions)
-    # One seed: `random` drops the same places in every repeat, and all cells get the same Gumbel noise.
-    denoising = replace(denoising_of(options, cache="none"), seed=options.seed or 0)
-    check_checkpoint(options)
-    if options.output:
-        check_picture("output", options.output)
-    if options.json:
-        check_file("json", options.json)
-    images = open_images(options.image)
-    compared = cells(policies, ratios(options.keep), listed("cache", options.cache))
+    """Everything that is refused before a model is loaded. Raises BadInput."""
+    mistakes = Mistakes()
+    with mistakes:
+        check_checkpoint(options)
+    with mistakes:
+        if not options.image:
+            raise BadInput("there is nothing to prune in a request without an image; pass --image FILE")
+        images = open_images(options.image)
+    with mistakes:
+        if options.prompt is None:
+            raise BadInput("no question was given; pass --prompt TEXT")
+    with mistakes:
+        policies = listed("policies", options.policies)
+        if "external" in policies:
+            reason = "needs scores that come with a request, and there are none here; leave it out"
+            raise BadInput(f"policy external {reason}")
+        compared = cells(policies, ratios(options.keep), listed("cache", options.cache))
+    with mistakes:
+        pruning = PruningParams(positions=options.positions)
+        # One seed: `random` drops the same places in every repeat, and all cells get the same Gumbel noise.
+        denoising = replace(denoising_of(options, cache="none"), seed=options.seed or 0)
+    with mistakes:
+        repeats = positive("repeats", options.repeats) or 1
+    with mistakes:
+        if options.output:
+            check_picture("output", options.output)
+        if options.json:
+            check_file("json", options.json)
+    mistakes.refuse()
     return _Checked(compared, denoising, pruning, images, repeats)
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from redvtp.cli.checks import (
     EXTRA,
     INTERRUPTED,
+    Mistakes,
     check_checkpoint,
     check_libraries,
     positive,
@@ -24,7 +25,8 @@ from redvtp.cli.checks import (
     warn,
 )
 from redvtp.cli.evaluate import settings_of
-from redvtp.errors import BadInput, refusing
+from redvtp.cli.knob_flags import flag_of
+from redvtp.errors import BadInput
 from redvtp.evaluation.grid import DENSE, Question, questions
 from redvtp.evaluation.results import make_folder
 from redvtp.evaluation.tasks import Task, read_tasks
@@ -35,10 +37,14 @@ if TYPE_CHECKING:
 
 def consistency(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 when questions could not be asked, 130 when interrupted."""
-    check_libraries()
-    with refusing():
+    mistakes = Mistakes()
+    with mistakes:
+        check_libraries()
+    with mistakes:
+        check_checkpoint(options)
+    with mistakes:
         chosen = _questions(options)
-    check_checkpoint(options)
+    mistakes.refuse()
     make_folder("output", options.output)
     from redvtp.evaluation.consistency import compare
 
@@ -47,7 +53,7 @@ def consistency(options: argparse.Namespace) -> int:
     failed: list[str] = []
     try:
         with tqdm(total=len(chosen), unit="question", disable=not sys.stderr.isatty()) as bar:
-            for task, result in compare(engine, chosen):
+            for task, result in compare(engine, chosen, flag_of):
                 bar.update()
                 if isinstance(result, str):
                     failed.append(f"{task.id}: {result}")

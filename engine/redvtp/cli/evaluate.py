@@ -10,12 +10,14 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from redvtp.cli.checks import (
     EXTRA,
     INTERRUPTED,
+    Mistakes,
     check_checkpoint,
     check_libraries,
     denoising_of,
@@ -25,6 +27,7 @@ from redvtp.cli.checks import (
     warn,
 )
 from redvtp.cli.flags import listed, ratios
+from redvtp.cli.knob_flags import flag_of
 from redvtp.engines import BLOCK_SIZE
 from redvtp.errors import BadInput, refusing
 from redvtp.evaluation.backends import Backend, EmbeddedBackend
@@ -37,9 +40,14 @@ from redvtp.params import DenoisingParams, PruningParams
 
 def evaluate(options: argparse.Namespace) -> int:
     """Returns the exit status: 1 when questions could not be asked, 130 when interrupted."""
-    check_libraries()
-    plan = _plan(options)
-    start, configuration = _backend(options)
+    mistakes = Mistakes()
+    with mistakes:
+        check_libraries()
+    with mistakes:
+        plan = _plan(options)
+    with mistakes:
+        start, configuration = _backend(options)
+    mistakes.refuse()
     configuration |= {"tasks": str(plan.file.path), "tasks_digest": plan.file.digest}
     configuration |= {"concurrency": options.concurrency} | plan.settings.configuration()
     with Results(options.output, configuration) as results:
@@ -89,7 +97,8 @@ def _backend(options: argparse.Namespace) -> tuple[Callable[[], Backend], dict[s
         server = ServerBackend(options.server or options.model, None if is_url else options.model, options.concurrency)
         return lambda: server, {"backend": "server", "server": server.url, "served_model": server.model}
     check_checkpoint(options)
-    return lambda: EmbeddedBackend(start_engine(options, options.concurrency)), {
+    spell = partial(flag_of, command=options.command)
+    return lambda: EmbeddedBackend(start_engine(options, options.concurrency), spell), {
         "backend": "embedded",
         "model": options.model,
         "checkpoint": checkpoint_digest(options.model),

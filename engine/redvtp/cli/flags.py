@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from redvtp.cli.knob_flags import integer
 from redvtp.errors import BadInput
 from redvtp.params import POSITIONS, PRESETS, PruningParams
+from redvtp.values import did_you_mean, nearest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Policies that need nothing but the request; `external` prunes by scores that come with it.
@@ -19,10 +21,25 @@ COMPARED = [preset for preset in PRESETS if preset not in ("none", "external")]
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a mistake with one line instead of the whole usage."""
+    """Answers a mistake with one line instead of the whole usage, and with the name that was meant."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """unknown: what is left of the command line after all flags that this parser knows."""
+        # A value in between belongs to an unknown flag. `--flag=value` is one word.
+        flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+        meant = [flag for each in flags if (flag := nearest(each, self._option_string_actions)) is not None]
+        hint = f"; did you mean {' '.join(meant)}?" if meant else ""
+        self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, [str(choice) for choice in action.choices or ()])
+            raise
 
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from redvtp.cli.checks import (
+    Mistakes,
     check_file,
     check_picture,
     denoising_of,
@@ -36,20 +37,28 @@ def generate(options: argparse.Namespace) -> int:
 
 def prepare(options: argparse.Namespace) -> tuple[Request, EngineOptions]:
     """The request and how to start the engine. Raises BadInput; everything is checked before a model is loaded."""
-    with refusing():
-        denoising, pruning = params_of(options)
-        _check_outputs(options)
-        prompt: str | None = options.prompt
-        if prompt is None:
-            raise BadInput("no question was given; pass --prompt TEXT")
-        check_engine(options.engine)
+    mistakes = Mistakes()
+    with mistakes:
         started_with = engine_options(options)
+    with mistakes:
         images = open_images(options.image)
+    with mistakes:
+        if options.prompt is None:
+            raise BadInput("no question was given; pass --prompt TEXT")
+    with mistakes:
+        denoising, pruning = params_of(options)
+    with mistakes:
+        _check_outputs(options)
+    with mistakes:
+        check_engine(options.engine)
+    mistakes.refuse()
+    with refusing():
         # torch and transformers take seconds to import: only once flags and files are known to be good.
         from redvtp.families.config import load_config
         from redvtp.local import Request
         from redvtp.prompt import chat_prompt
 
+        prompt: str = options.prompt
         if not options.raw_prompt:
             family = load_config(options.model).family
             prompt = chat_prompt(family.load_tokenizer(options.model), prompt, len(images), template=family.template)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from redvtp.cli.checks import check_picture, open_images, read_json
+from redvtp.cli.checks import Mistakes, check_picture, open_images, read_json
 from redvtp.errors import BadInput, refusing
+from redvtp.model_folder import why_no_model
 
 
 def heatmap(options: argparse.Namespace) -> int:
     """Returns the exit status. Raises BadInput for a response without prunings, or images that are not its images."""
-    with refusing():
-        check_picture("output", options.output)
+    mistakes = Mistakes()
+    with mistakes:
         saved = read_json(str(options.response), options.response)
+    with mistakes:
         images = open_images(options.image)
+    with mistakes:
+        check_picture("output", options.output)
+    with mistakes:
+        if options.model and (reason := why_no_model(options.model)) is not None:
+            raise BadInput(f"--model {reason}")
+    mistakes.refuse()
+    with refusing():
         # torch takes seconds to import: only once the files are known to be there.
         from redvtp.families.config import load_config
         from redvtp.heatmap import draw_saved, prunings_of
@@ -22,7 +30,7 @@ def heatmap(options: argparse.Namespace) -> int:
         prunings_of(saved)
         # A server that was started with a folder answers with that folder as the model's name.
         folder = options.model or saved.get("model")
-        if not folder or not (Path(folder) / "config.json").is_file():
+        if not options.model and (not isinstance(folder, str) or why_no_model(folder) is not None):
             raise BadInput(f"{folder or 'no model'} is not a checkpoint folder on this machine; name it with --model")
         draw_saved(images, load_config(folder), saved).save(options.output)
     return 0

@@ -13,11 +13,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from redvtp.params import PRESETS, DenoisingParams, PruningParams
+from redvtp.params import KNOB_NAMES, PRESETS, DenoisingParams, PruningParams
 
-# `--preset` alone would not say of what.
-FLAG_OF = {"preset": "pruning"}
+# Commands that compare lists of values have other flags for these.
+_COMPARED_FLAGS = {"preset": "--policies", "keep_ratio": "--keep"}
+_COMPARING = ("compare", "eval")
 LENGTHS = ("gen_length", "block_length", "steps")
+
+
+def flag_of(name: str, command: str = "") -> str:
+    """The flag of a parameter, or of an engine's option of that name. command: the one that has the flag."""
+    if command in _COMPARING and name in _COMPARED_FLAGS:
+        return _COMPARED_FLAGS[name]
+    return f"--{KNOB_NAMES.get(name, name).replace('_', '-')}"
 
 
 def integer(text: str) -> int | str:
@@ -99,5 +107,4 @@ def _add(
         default = list(default) if "nargs" in options else default
         if field.name in of_task:
             default, shown = None, " (default: the task's)"
-        flag = f"--{FLAG_OF.get(field.name, field.name).replace('_', '-')}"
-        group.add_argument(flag, default=default, help=text + shown, **options)
+        group.add_argument(flag_of(field.name), default=default, help=text + shown, **options)

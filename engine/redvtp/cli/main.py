@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options.command)(options)
     except BadInput as error:
-        warn(options.command, f"error: {error}")
+        said = error.spelled(lambda name: knob_flags.flag_of(name, options.command))
+        warn(options.command, f"error: {said}")
         return 2
     except KeyboardInterrupt:
         warn(options.command, "interrupted")
@@ -54,6 +55,10 @@ def command(name: str) -> Callable[[argparse.Namespace], int]:
             from redvtp.cli.compare import compare
 
             return compare
+        case "doctor":
+            from redvtp.cli.doctor import doctor
+
+            return doctor
         case _:
             raise ValueError(f"no command {name!r}")
 
@@ -62,9 +67,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parsed flags. Ends the process with status 2 if argparse refuses them."""
     parser = flags.Parser(prog="redvtp", description="Diffusion vision-language models with visual-token pruning.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command", parser_class=flags.Parser)
-    for add in (_generate, _heatmap, _evaluate, _consistency, _compare):
+    for add in (_generate, _heatmap, _evaluate, _consistency, _compare, _doctor):
         add(commands)
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[options.command].refuse(unknown)
     # `--raw-prompt TEXT` and `--prompt TEXT --raw-prompt` say the same.
     if options.command == "generate" and isinstance(options.raw_prompt, str):
         if options.prompt is not None:
@@ -163,6 +170,26 @@ def _compare(commands: flags.Commands) -> None:
     add("--repeats", type=knob_flags.integer, default=3, metavar="N", help="times each is asked (default %(default)s)")
     add("--output", type=Path, metavar="FILE.png", help="picture of all heat maps side by side")
     add("--json", type=Path, metavar="FILE.json", help="write the results there, with every pruning")
+
+
+def _doctor(commands: flags.Commands) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="what is missing to serve a model, and the command that serves it",
+        description="Looks at what is installed, at the machine and at a checkpoint. Says what is missing and how to "
+        "mend it, how much memory serving takes, and the `vllm serve` line to use. Loads no weights. Status 0 when "
+        "nothing is missing, 1 otherwise.",
+    )
+    model = "checkpoint folder; without it only the installation and the machine are looked at"
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=model)
+    add = parser.add_argument_group("what is to be served").add_argument
+    add("--dtype", choices=flags.DTYPES, default="auto", help="default: the checkpoint's")
+    length = "longest prompt and canvas together (default: what the checkpoint allows, or what fits)"
+    add("--max-model-len", type=knob_flags.integer, metavar="N", help=length)
+    add("--max-num-seqs", type=knob_flags.integer, metavar="N", help="requests at a time (default: 8, or what fits)")
+    image = "images to count the visual tokens of"
+    add("--image", nargs="+", action="extend", default=[], type=Path, metavar="FILE", help=image)
+    add("--json", action="store_true", help="print everything as JSON")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from redvtp.errors import spelled
 from redvtp.evaluation.grid import Question
 
 if TYPE_CHECKING:
@@ -53,10 +54,14 @@ class Backend(Protocol):
 
 
 class EmbeddedBackend:
-    """`LocalEngine`, with its `max_num_seqs` questions at a time."""
+    """`LocalEngine`, with its `max_num_seqs` questions at a time.
 
-    def __init__(self, engine: LocalEngine) -> None:
+    spell: writes knobs in errors, see `redvtp.errors`.
+    """
+
+    def __init__(self, engine: LocalEngine, spell: Callable[[str], str] = str) -> None:
         self._engine = engine
+        self._spell = spell
 
     def answer(self, questions: Sequence[Question], take: Take) -> None:
         taken: list[Question] = []
@@ -66,7 +71,7 @@ class EmbeddedBackend:
                 try:
                     request = request_of(question, self._engine)
                 except ValueError as error:
-                    take(question, Answer(error=str(error)))
+                    take(question, Answer(error=spelled(error, self._spell)))
                     continue
                 taken.append(question)
                 yield request

@@ -7,7 +7,7 @@ unpruned request is scored as RedVTP scores the first one, and compared with it.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from redvtp.denoising.sequence import Sequence as Running
+from redvtp.errors import spelled
 from redvtp.evaluation.backends import request_of
 from redvtp.evaluation.grid import Question
 from redvtp.evaluation.table import aligned
@@ -46,8 +47,13 @@ class Comparison:
 Compared = Sequence[tuple[Task, Sequence[Comparison]]]
 
 
-def compare(engine: LocalEngine, chosen: Sequence[Question]) -> Iterator[tuple[Task, list[Comparison] | str]]:
-    """Each task with its comparisons, in the order in which they end. A text is the reason why it cannot be asked."""
+def compare(
+    engine: LocalEngine, chosen: Sequence[Question], spell: Callable[[str], str] = str
+) -> Iterator[tuple[Task, list[Comparison] | str]]:
+    """Each task with its comparisons, in the order in which they end. A text is the reason why it cannot be asked.
+
+    spell: writes knobs in reasons, see `redvtp.errors`.
+    """
     scored: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
     refused: list[tuple[Task, str]] = []
     taken: list[Question] = []
@@ -60,7 +66,7 @@ def compare(engine: LocalEngine, chosen: Sequence[Question]) -> Iterator[tuple[T
             try:
                 request = request_of(question, engine)
             except ValueError as error:
-                refused.append((question.task, str(error)))
+                refused.append((question.task, spelled(error, spell)))
                 continue
             taken.append(question)
             yield request

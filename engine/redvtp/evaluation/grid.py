@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from redvtp.errors import InvalidRequest, Knob
 from redvtp.evaluation.tasks import LENGTHS, Task
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.presets import PRESET_TABLE
@@ -103,7 +104,8 @@ def cells(policies: Sequence[str], keep_ratios: Sequence[float], caches: Sequenc
     for policy in policies:
         PruningParams(preset=policy)
         if policy == "external":
-            raise ValueError("policy external needs an importance for each question, which task files do not hold")
+            reason = " external needs an importance for each question, which task files do not hold"
+            raise InvalidRequest(Knob("preset"), reason)
     for ratio in keep_ratios:
         PruningParams(keep_ratio=ratio)
     for cache_mode in caches:
@@ -135,6 +137,10 @@ def _question(task: Task, cell: Cell, settings: Settings) -> Question:
             # seeds, or `random` would drop the same places of every image.
             seed=zlib.crc32(f"{settings.seed}:{task.id}".encode()),
         )
-    except ValueError as error:
-        raise ValueError(f"line {task.line} of the task file cannot be asked with these flags: {error}") from error
+    except InvalidRequest as error:
+        # A length that the task brings is named as the file names it, not as a flag.
+        theirs = {Knob(name) for name in LENGTHS if getattr(settings, name) is None and getattr(task, name) is not None}
+        parts = [part.name if isinstance(part, Knob) and part in theirs else part for part in error.parts]
+        line = f"line {task.line} of the task file cannot be asked with these flags: "
+        raise InvalidRequest(line, *parts) from error
     return Question(task, cell, denoising, cell.pruning(settings.pruning))

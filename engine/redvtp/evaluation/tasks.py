@@ -76,7 +76,8 @@ def read_tasks(path: str | Path) -> TaskFile:
         data = path.read_bytes()
         text = data.decode("utf-8")
     except OSError as error:
-        raise ValueError(f"the task file {path} cannot be read: {error.strerror}") from error
+        sample = "examples/tiny_dvlm/tasks/tasks.jsonl is one, and docs/evaluation.md describes it"
+        raise ValueError(f"the task file {path} cannot be read: {error.strerror}; {sample}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"the task file {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     tasks: list[Task] = []

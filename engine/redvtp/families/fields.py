@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from redvtp.values import did_you_mean
 
 # key -> (what a missing key means, supported values). With any other value the reference computes something else.
 Supported = Mapping[str, tuple[Any, tuple[Any, ...]]]
@@ -30,6 +32,13 @@ def value_at(raw: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def unsupported(key: str, value: Any, names: Sequence[str]) -> ValueError:
+    """The error for a value, or a list with one value, that is none of these names; with the name it is most like."""
+    only = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+    supported = ", ".join(map(repr, dict.fromkeys(names)))
+    return ValueError(f"{key} {value!r} is not supported; supported: {supported}{did_you_mean(only, names)}")
 
 
 def check_supported(raw: Mapping[str, Any], supported: Supported) -> None:

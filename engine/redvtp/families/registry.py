@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from redvtp.families.family import Family
+from redvtp.families.fields import unsupported
 from redvtp.families.lavida import LAVIDA
 from redvtp.families.lavida_dream import LAVIDA_DREAM
 from redvtp.families.llada_v import LLADA_V
@@ -27,8 +28,7 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         if all(key in raw and raw[key] == value for key, value in family.marked_by.items())
     ]
     if not fitting:
-        supported = ", ".join(dict.fromkeys(repr(family.architecture) for family in FAMILIES))
-        raise ValueError(f"architectures {architectures!r} is not supported; supported: {supported}")
+        raise unsupported("architectures", architectures, [family.architecture for family in FAMILIES])
     return max(fitting, key=lambda family: len(family.marked_by))
 
 

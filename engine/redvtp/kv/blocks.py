@@ -1,7 +1,7 @@
 """Block arithmetic of the paged cache, and the small free list of the embedded driver.
 
 `blocks_needed` is the one formula by which the scheduler frees the tail of a block table and the runner cuts its own
-copy, so both agree on the new length without talking.
+copy, so both agree on the new length without talking. `kv_token_bytes` is the one formula for what a token costs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from torch import Tensor
 def blocks_needed(tokens: int, block_size: int) -> int:
     """Blocks that hold `tokens` tokens."""
     return -(-tokens // block_size)
+
+
+def kv_token_bytes(num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes of one token's keys and values in all layers. num_kv_heads: of this rank. itemsize: bytes of a number."""
+    return 2 * num_layers * num_kv_heads * head_dim * itemsize
 
 
 def slots_of(block_table: Tensor, start: int, end: int, block_size: int) -> Tensor:

@@ -26,15 +26,24 @@ _TOWER_LAYER = re.compile(r"vision\.(?:\w+\.)*layers\.(\d+)\.")
 
 def checkpoint_weights(model_dir: str | Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the safetensors file or shards in `model_dir`, one at a time, under the checkpoint's names."""
-    for path in _weight_files(Path(model_dir)):
+    for path in weight_files(model_dir):
         with _opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open's handle is not a mapping
                 yield name, file.get_tensor(name)
 
 
+def header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, with shapes and without data. Raises ValueError for a broken file."""
+    with _opened(path) as file:
+        return {
+            name: torch.empty(file.get_slice(name).get_shape(), device="meta")
+            for name in file.keys()  # noqa: SIM118 - as above
+        }
+
+
 def check_weight_files(model_dir: str | Path) -> None:
     """Raises ValueError for weight files that are missing or cut short. Reads their headers only."""
-    for path in _weight_files(Path(model_dir)):
+    for path in weight_files(model_dir):
         with _opened(path):
             pass
 
@@ -48,7 +57,9 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path} is not a whole safetensors file (cut short while copying?): {error}") from error
 
 
-def _weight_files(model_dir: Path) -> list[Path]:
+def weight_files(model_dir: str | Path) -> list[Path]:
+    """The safetensors file or shards in a folder. Raises ValueError naming all that are missing."""
+    model_dir = Path(model_dir)
     index = model_dir / INDEX
     if not index.is_file():
         single = model_dir / "model.safetensors"
