@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from flops import request_flops
 
-from benchmarks.flops import request_flops
 from benchmarks.reported_flops import reported_flops
 from golden_data import Case
 from redvtp.local import LocalEngine, Request
@@ -18,6 +18,7 @@ from redvtp.params import PRESETS, DenoisingParams, PruningParams
 pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+DECODE = str(BENCHMARKS / "decode.py")
 TINY = [
     *("--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "4"),
     *("--tower-hidden", "64", "--tower-layers", "2", "--tile", "56", "--image", "90x60"),
@@ -57,7 +58,7 @@ def test_the_benchmark_reports_every_setting(tmp_path: Path) -> None:
 
 
 def test_lavida_is_measured_behind_a_prompt_encoded_once(tmp_path: Path) -> None:
-    command = [BENCHMARKS / "decode.py", *TINY, "--family", "lavida", "--workdir", tmp_path]
+    command = [DECODE, *TINY, "--family", "lavida", "--workdir", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, *command, "--json", tmp_path / "results.json"],
         capture_output=True,
@@ -80,7 +81,7 @@ def test_lavida_is_measured_behind_a_prompt_encoded_once(tmp_path: Path) -> None
 
 def test_long_lavida_answers_compute_what_each_cache_leaves(tmp_path: Path) -> None:
     """Several canvas blocks, with the caches LaViDa can be run with, policies and a confidence rule in one table."""
-    command = [BENCHMARKS / "decode.py", *TINY, "--family", "lavida", "--workdir", tmp_path, "--repeats", "1"]
+    command = [DECODE, *TINY, "--family", "lavida", "--workdir", str(tmp_path), "--repeats", "1"]
     command += ["--gen-length", "16", "--block-length", "4", "--steps", "16", "--keep", "25", "--thresholds", "1"]
     command += ["--cache", "none", "prefix", "dual", "prefix_lm", "--policies", "redvtp", "zipvl", "attention-free"]
     done = subprocess.run(
@@ -122,7 +123,7 @@ def test_long_lavida_answers_compute_what_each_cache_leaves(tmp_path: Path) -> N
 
 
 def test_every_policy_gets_a_ceiling_from_the_tokens_it_computed(tmp_path: Path) -> None:
-    command = [BENCHMARKS / "decode.py", *TINY, "--policies", "redvtp", "uniform", "--cache", "none", "--repeats", "1"]
+    command = [DECODE, *TINY, "--policies", "redvtp", "uniform", "--cache", "none", "--repeats", "1"]
     done = subprocess.run(
         [sys.executable, *command, "--workdir", tmp_path, "--json", tmp_path / "results.json"],
         capture_output=True,
@@ -143,7 +144,7 @@ def test_every_policy_gets_a_ceiling_from_the_tokens_it_computed(tmp_path: Path)
 
 
 def test_thresholds_stand_beside_fixed_steps(tmp_path: Path) -> None:
-    command = [BENCHMARKS / "decode.py", *TINY, "--cache", "none", "--repeats", "1", "--keep", "25"]
+    command = [DECODE, *TINY, "--cache", "none", "--repeats", "1", "--keep", "25"]
     done = subprocess.run(
         [sys.executable, *command, "--thresholds", "1000", "--workdir", tmp_path, "--json", tmp_path / "results.json"],
         capture_output=True,

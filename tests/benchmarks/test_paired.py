@@ -19,7 +19,7 @@ TINY = [
 
 
 def test_both_checkouts_answer_every_row_with_the_same_tokens(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "paired.py", ROOT, *TINY, "--workdir", tmp_path]
+    command = [sys.executable, str(ROOT / "benchmarks" / "paired.py"), str(ROOT), *TINY, "--workdir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^\| (\d x .*?) \|.*\| (\d+\.\d+) \| (same|DIFFER) \|$", done.stdout, re.M)
@@ -30,7 +30,7 @@ def test_both_checkouts_answer_every_row_with_the_same_tokens(tmp_path: Path) ->
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "paired.py", tmp_path, *TINY, "--workdir", tmp_path]
+    command = [sys.executable, str(ROOT / "benchmarks" / "paired.py"), str(tmp_path), *TINY, "--workdir", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode != 0
     assert "did not start" in done.stderr

@@ -24,7 +24,7 @@ TINY = [
 @pytest.mark.serving
 def test_more_requests_share_the_pool_and_none_changes_its_tokens(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    files = ["--workdir", tmp_path, "--json", tmp_path / "results.json", "--plot", tmp_path / "load.png"]
+    files = ("--workdir", tmp_path, "--json", tmp_path / "results.json", "--plot", tmp_path / "load.png")
     done = subprocess.run(
         [sys.executable, BENCHMARKS / "serve.py", *TINY, *files],
         capture_output=True,

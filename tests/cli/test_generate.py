@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_bytes import claimed_png
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from benchmarks.image_bytes import claimed_png
 from golden_data import Case, checkpoint_dir, runs
 from redvtp.cli.main import main
 

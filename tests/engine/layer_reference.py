@@ -109,7 +109,7 @@ class SlowDecoder:
                 survives = self.choose(weights, own, keep)
                 places = self.moved(survives)
             gone = torch.zeros(self.places.numel(), dtype=torch.bool)
-            if keep is not None:
+            if survives is not None:
                 gone = ~survives
             elif self.withdraw:
                 gone[: self.visual.numel()] = self.visual

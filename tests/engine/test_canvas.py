@@ -116,8 +116,7 @@ def test_the_stream_is_the_answer_whatever_the_order(data: st.DataObject) -> Non
 def test_a_stop_found_behind_undecided_positions_waits_for_them() -> None:
     canvas = Canvas(8, 8, 8, MASK, ((5,),))
     canvas.commit(torch.tensor([4]), torch.tensor([5]))
-    assert canvas.stopped
-    assert not canvas.finished
+    assert (canvas.stopped, canvas.finished) == (True, False)
     assert canvas.resolved_growth() == []
     assert canvas.masked_rows().tolist() == [0, 1, 2, 3]
     canvas.commit(torch.tensor([0, 1, 2, 3]), torch.tensor([1, 1, 1, 1]))

@@ -36,7 +36,7 @@ def test_the_tokens_between_the_marks_are_those_of_the_text(draft: str) -> None:
     tokenizer = load_tokenizer(golden_data.checkpoint_dir("tiny-lavida"))
     tokens = draft_tokens(tokenizer, draft, MASK)
     assert tokens.count(MASK) == draft.count("<mask>")
-    shown = "".join("<mask>" if token == MASK else tokenizer.decode([token]) for token in tokens)
+    shown = "".join("<mask>" if token == MASK else str(tokenizer.decode([token])) for token in tokens)
     assert shown == draft
 
 

@@ -89,8 +89,8 @@ def test_pages_after_a_pruning_are_what_a_fresh_cache_would_hold(engine: EngineF
     model = local.model.language_model
     layer = model.layers[0]
     with torch.inference_mode():
-        normed = layer.input_layernorm(sequence.prompt.embeds)
-        keys = layer.self_attn.k_proj(normed).view(normed.shape[0], -1, local.config.head_dim)
+        normed = layer.get_submodule("input_layernorm")(sequence.prompt.embeds)
+        keys = layer.get_submodule("self_attn.k_proj")(normed).view(normed.shape[0], -1, local.config.head_dim)
         expected = model.rotary.rotate(keys, torch.arange(sequence.prompt.length))
     table = torch.tensor(sequence.block_table)
     rows = torch.arange(sequence.prompt.length)

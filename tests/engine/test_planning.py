@@ -119,6 +119,6 @@ def test_the_embedded_engine_takes_what_the_plan_says(engine: EngineFactory) -> 
     try:
         list(stream)
     finally:
-        del local.blocks.allocate  # type: ignore[method-assign]
+        del local.blocks.allocate
     assert taken == [blocks_needed(waiting.plan.kv_tokens, local.cache.block_size)]
     assert local.blocks.num_free == free

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -291,7 +291,7 @@ def test_refreshing_every_step_equals_no_cache(engine: EngineFactory, preset: st
         # On some processors a row's place in the batch decides the last bit of its products.
         prunings = [
             step.pruning
-            and replace(step.pruning, importance=pytest.approx(step.pruning.importance, rel=1e-4, abs=1e-6))
+            and replace(step.pruning, importance=cast(Any, pytest.approx(step.pruning.importance, rel=1e-4, abs=1e-6)))
             for step in b.steps
         ]
         assert [step.pruning for step in a.steps] == prunings
@@ -337,9 +337,9 @@ def test_pages_after_several_prunings_are_those_of_a_fresh_cache(
         return linear.register_forward_hook(lambda _, __, out: into.append(out.clone().unflatten(1, (-1, dim))))
 
     hooks = [
-        remember(into, linear)
+        remember(into, layer.get_submodule(name))
         for layer in local.model.language_model.layers
-        for into, linear in ((keys, layer.self_attn.k_proj), (values, layer.self_attn.v_proj))
+        for into, name in ((keys, "self_attn.k_proj"), (values, "self_attn.v_proj"))
     ]
     (report,) = local.runner.step([sequence])
     for hook in hooks:

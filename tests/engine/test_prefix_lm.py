@@ -55,8 +55,12 @@ class _PromptKeys:
             hook
             for layer in local.model.language_model.layers
             for hook in (
-                layer.self_attn.k_proj.register_forward_hook(lambda _, __, out: self.keys.append(self._heads(out))),
-                layer.self_attn.v_proj.register_forward_hook(lambda _, __, out: self.values.append(self._heads(out))),
+                layer.get_submodule("self_attn.k_proj").register_forward_hook(
+                    lambda _, __, out: self.keys.append(self._heads(out))
+                ),
+                layer.get_submodule("self_attn.v_proj").register_forward_hook(
+                    lambda _, __, out: self.values.append(self._heads(out))
+                ),
             )
         ]
 

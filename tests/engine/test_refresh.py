@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import golden_data
@@ -9,7 +11,7 @@ from conftest import EngineFactory
 from redvtp.local import Generation, LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 
-LENGTHS = {"gen_length": 24, "block_length": 8, "steps": 12, "ignore_eos": True, "cache": "prefix"}
+LENGTHS: dict[str, Any] = {"gen_length": 24, "block_length": 8, "steps": 12, "ignore_eos": True, "cache": "prefix"}
 UNPRUNED = PruningParams(preset="none")
 
 

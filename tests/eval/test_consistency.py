@@ -117,7 +117,11 @@ def test_a_batch_is_compared_as_each_request_alone(engine: EngineFactory, tmp_pa
     asked = questions(file.tasks, Cell("none", 1.0, "none"), Settings(DenoisingParams(ignore_eos=True)))
 
     def told(questions: list[Question]) -> dict[str, list[tuple[int, tuple[float, ...]]]]:
-        return {task.id: [(part.step, part.overlap) for part in found] for task, found in compare(local, questions)}
+        parts = {}
+        for task, found in compare(local, questions):
+            assert not isinstance(found, str), found
+            parts[task.id] = [(part.step, part.overlap) for part in found]
+        return parts
 
     together = told(asked)
     alone: dict[str, Any] = {}

@@ -126,11 +126,12 @@ def test_it_answers_prunes_and_draws(toy: LocalEngine) -> None:
     request = Request(prompt, images, DenoisingParams(gen_length=8, steps=4), PruningParams(keep_ratio=0.5))
     (answer,) = toy.generate([request])
     assert answer.visual_tokens == 2 * (SIDE**2 + 1)
-    assert len(answer.steps[0].pruning.kept) == SIDE**2 + 1  # type: ignore[union-attr]
+    pruning = answer.steps[0].pruning
+    assert pruning is not None
+    assert len(pruning.kept) == SIDE**2 + 1
     assert toy.special.mask_id not in answer.output_ids
     spans = toy.tokenize(request).visual_spans
     # "]" of the first image and "[" of the second one.
     assert spans[1][0] - spans[0][1] == len(toy.tokenizer("][", add_special_tokens=False)["input_ids"])
-    kept = answer.steps[0].pruning.kept  # type: ignore[union-attr]
-    picture = draw(images, toy.config, [float(index) for index in range(answer.visual_tokens)], kept)
+    picture = draw(images, toy.config, [float(index) for index in range(answer.visual_tokens)], pruning.kept)
     assert picture.height == 60

@@ -18,6 +18,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 import golden_data
+from plugin.requests import step_of
 
 TOKENS = 16
 
@@ -36,7 +37,7 @@ def main(where: str) -> None:
     outputs: dict[str, Any] = {}
     try:
         while llm.llm_engine.has_unfinished_requests():
-            outputs |= {done.request_id: done.outputs[0] for done in llm.llm_engine.step() if done.finished}
+            outputs |= {done.request_id: done.outputs[0] for done in step_of(llm) if done.finished}
     except Exception as error:
         print("RESULT", json.dumps({"ended": type(error).__name__, "seconds": time.monotonic() - started}), flush=True)
         os._exit(0)

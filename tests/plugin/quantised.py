@@ -61,9 +61,9 @@ class Scheme:
         """rows [rows, in] through the quantised linear of a float weight [out, in], the slow obvious way."""
         values, scale = quantise_weight(weight)
         if self.dynamic:
-            step = rows.abs().amax(1, keepdim=True) / 127
-            quantised = (rows / step).round().clamp(-128, 127)
-            return (quantised * step) @ (values.float() * scale).T
+            steps = rows.abs().amax(1, keepdim=True) / 127
+            quantised = (rows / steps).round().clamp(-128, 127)
+            return (quantised * steps) @ (values.float() * scale).T
         step, zero_point = static_activation()
         quantised = (rows / step + zero_point).round().clamp(-128, 127)
         return ((quantised - zero_point) * step) @ (values.float() * scale).T

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.inputs import TextPrompt
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core_client import InprocClient
 
 import golden_runs
 from golden_data import Case, Run
 
 
-def prompt_of(case: Case) -> dict[str, Any]:
+def prompt_of(case: Case) -> TextPrompt:
     """What `LLM.generate` takes: the templated text with its `<image>` marks, and the images."""
     images = case.images()
-    prompt: dict[str, Any] = {"prompt": case.prompt}
+    prompt: TextPrompt = {"prompt": case.prompt}
     if images:
         prompt["multi_modal_data"] = {"image": images}
     return prompt
@@ -46,9 +49,28 @@ def answer_of(run: Run, token_ids: list[int], tokenizer: Any) -> list[int]:
     return answer + suffix
 
 
+def report_of(output: RequestOutput) -> dict[str, Any]:
+    """What came back with the answer."""
+    assert output.kv_transfer_params is not None
+    report: dict[str, Any] = output.kv_transfer_params["redvtp"]
+    return report
+
+
+def step_of(llm: LLM) -> list[RequestOutput]:
+    """One engine step of a model that answers; vLLM's type allows for models that pool."""
+    return cast(list[RequestOutput], llm.llm_engine.step())
+
+
+def engine_core_of(llm: LLM) -> EngineCore:
+    """The scheduler's side of an in-process engine."""
+    client = llm.llm_engine.engine_core
+    assert isinstance(client, InprocClient)
+    return client.engine_core
+
+
 def scheduler_of(llm: LLM) -> Any:
     """The DiffusionScheduler of an in-process engine."""
-    return llm.llm_engine.engine_core.engine_core.scheduler
+    return engine_core_of(llm).scheduler
 
 
 def runner_of(llm: LLM) -> Any:

@@ -9,7 +9,7 @@ from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from golden_data import Case
-from plugin.requests import free_blocks, prompt_of, scheduler_of, usable_blocks
+from plugin.requests import free_blocks, prompt_of, report_of, scheduler_of, step_of, usable_blocks
 
 SQUARE = Case("tiny-llada-v", "square")
 LARGE = Case("tiny-llada-v", "large")
@@ -30,13 +30,13 @@ def _blocks(tokens: int) -> int:
 def _add(llm: LLM, name: str, case: Case = SQUARE, **knobs: object) -> str:
     """Queue a request without running it; returns the id the engine knows it by."""
     llm.llm_engine.add_request(name, prompt_of(case), _sampling(**knobs))
-    return next(rid for rid in scheduler_of(llm).requests if rid.startswith(name))
+    return next(str(rid) for rid in scheduler_of(llm).requests if rid.startswith(name))
 
 
 def _finish_all(llm: LLM) -> dict[str, list[int]]:
     tokens: dict[str, list[int]] = {}
     while llm.llm_engine.has_unfinished_requests():
-        for output in llm.llm_engine.step():
+        for output in step_of(llm):
             tokens[output.request_id] = list(output.outputs[0].token_ids)
     return tokens
 
@@ -82,7 +82,7 @@ def test_summary_tells_the_freed_blocks(llm: LLM) -> None:
 
 def test_full_report_has_every_step(llm: LLM) -> None:
     (output,) = llm.generate([prompt_of(SQUARE)], _sampling(steps=4, report="full"), use_tqdm=False)
-    told = output.kv_transfer_params["redvtp"]
+    told = report_of(output)
     assert [step["step"] for step in told["trace"]] == [0, 1, 2, 3]
     assert told["trace"][-1]["canvas"] == list(output.outputs[0].token_ids)
     (pruning,) = told["prunings"]

@@ -11,7 +11,7 @@ from vllm.exceptions import VLLMValidationError
 
 import golden_data
 from golden_data import Run
-from plugin.requests import free_blocks, prompt_of, sampling_of, usable_blocks
+from plugin.requests import free_blocks, prompt_of, report_of, sampling_of, usable_blocks
 from redvtp.canvas.draft import draft_tokens
 from redvtp.kv.blocks import blocks_needed
 
@@ -32,7 +32,7 @@ RUNS = [
 ]
 
 
-def _message(case: golden_data.Case) -> list[dict[str, Any]]:
+def _message(case: golden_data.Case) -> Any:
     (image,) = case.images()
     content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": case.question}]
     return [{"role": "user", "content": content}]
@@ -55,7 +55,7 @@ def test_pruned_blocks_of_a_prompt_encoded_once_come_back(checkpoint: str, llm_f
         max_tokens=16, ignore_eos=True, extra_args={f"redvtp_{name}": value for name, value in knobs.items()}
     )
     (output,) = llm.generate([prompt_of(case)], sampling)
-    report = output.kv_transfer_params["redvtp"]
+    report = report_of(output)
     prompt, visual = report["prompt_tokens"], report["visual_tokens"]
     kept = max(1, int(visual * 0.25))
     assert report["visual_tokens_kept"] == kept
@@ -77,7 +77,7 @@ def test_only_the_marks_of_a_draft_are_filled(checkpoint: str, max_tokens: int |
     (answer,) = output.outputs
     assert len(answer.token_ids) == len(laid_out)
     assert answer.finish_reason == "length"
-    canvases = [step["canvas"] for step in output.kv_transfer_params["redvtp"]["trace"]]
+    canvases = [step["canvas"] for step in report_of(output)["trace"]]
     assert canvases[-1] == list(answer.token_ids)
     for canvas in canvases:
         assert all(ours == fixed for ours, fixed in zip(canvas, laid_out, strict=True) if fixed != mask_id)

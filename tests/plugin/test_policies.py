@@ -10,7 +10,7 @@ from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from golden_data import Case
-from plugin.requests import free_blocks, prompt_of, runner_of, scheduler_of, usable_blocks
+from plugin.requests import free_blocks, prompt_of, report_of, runner_of, scheduler_of, step_of, usable_blocks
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
 
@@ -101,8 +101,8 @@ def test_what_is_dropped_before_the_first_step_takes_no_blocks(llm: LLM, pruning
     assert usable_blocks(llm) - free_blocks(llm) == -(-held // 32)
     assert -(-held // 32) < -(-(SQUARE.meta["prompt_len"] + 24) // 32)
     while llm.llm_engine.has_unfinished_requests():
-        outputs = llm.llm_engine.step()
-    report = outputs[0].kv_transfer_params["redvtp"]
+        outputs = step_of(llm)
+    report = report_of(outputs[0])
     assert report["kv_blocks_admitted"] == -(-held // 32)
     assert report["blocks_freed"] == 0
     assert [each["step"] for each in report["prunings"]] == [-1]
@@ -158,7 +158,7 @@ def test_a_servers_policy_is_its_own_and_bends_to_short_canvases(llm_factory: Ca
             extra_args={f"redvtp_{name}": value for name, value in {"report": "full", **knobs}.items()},
         )
         (output,) = llm.generate([prompt_of(SQUARE)], sampling, use_tqdm=False)
-        return [each["step"] for each in output.kv_transfer_params["redvtp"]["prunings"]]
+        return [each["step"] for each in report_of(output)["prunings"]]
 
     assert prunings(32) == [6, 7, 8]
     assert prunings(8) == [2]

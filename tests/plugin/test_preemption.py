@@ -12,7 +12,7 @@ import pytest
 from vllm import LLM, SamplingParams
 
 from golden_data import Case
-from plugin.requests import free_blocks, prompt_of, runner_of, scheduler_of, usable_blocks
+from plugin.requests import engine_core_of, free_blocks, prompt_of, runner_of, scheduler_of, usable_blocks
 
 CASE = Case("tiny-llada-v", "wide")
 MODES: dict[str, dict[str, Any]] = {
@@ -114,7 +114,7 @@ def test_request_waits_for_blocks_that_others_took_while_it_was_out(llm_factory:
 
 @pytest.mark.parametrize("clear_cache", [True, False])
 def test_pause_and_resume_change_no_token(llm: LLM, clear_cache: bool) -> None:
-    engine_core = llm.llm_engine.engine_core.engine_core
+    engine_core = engine_core_of(llm)
     sampling = _sampling(cache="prefix", keep_ratio=0.3)
     expected = _tokens(_run(llm, [sampling], set()))
     llm.llm_engine.add_request("paused", prompt_of(CASE), sampling)
@@ -125,7 +125,7 @@ def test_pause_and_resume_change_no_token(llm: LLM, clear_cache: bool) -> None:
         assert free_blocks(llm) == usable_blocks(llm)
     assert not llm.llm_engine.step()
     engine_core.resume_scheduler()
-    outputs = []
+    outputs: list[Any] = []
     while llm.llm_engine.has_unfinished_requests():
         outputs = llm.llm_engine.step() or outputs
     assert _tokens(outputs) == expected

@@ -9,10 +9,19 @@ import pytest
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import PromptType, TextPrompt, TokensPrompt
 from vllm.sampling_params import StructuredOutputsParams
 
 from golden_data import Case, runs
-from plugin.requests import free_blocks, prompt_of, sampling_of, scheduler_of, usable_blocks
+from plugin.requests import (
+    engine_core_of,
+    free_blocks,
+    prompt_of,
+    report_of,
+    sampling_of,
+    scheduler_of,
+    usable_blocks,
+)
 from vllm_redvtp.knobs import build_params
 
 SQUARE = Case("tiny-llada-v", "square")
@@ -126,7 +135,7 @@ def test_other_extra_arguments_are_left_alone(answering: LLM, name: str) -> None
     ],
 )
 def test_marks_and_images_must_match(answering: LLM, marks: int, images: int, message: str) -> None:
-    prompt: dict[str, Any] = {"prompt": HELLO.replace("Hello", "<image>\n" * marks + "Hello")}
+    prompt: TextPrompt = {"prompt": HELLO.replace("Hello", "<image>\n" * marks + "Hello")}
     if images:
         prompt["multi_modal_data"] = {"image": [Image.new("RGB", (60, 40))] * images}
     with pytest.raises(ValueError, match=message):
@@ -188,12 +197,12 @@ def test_server_defaults_hold_where_the_client_says_nothing(llm_factory: Callabl
     own = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True, extra_args={"redvtp_keep_ratio": 0.5})
     by_default, overridden = llm.generate([prompt_of(SQUARE)] * 2, [plain, own], use_tqdm=False)
     assert len(by_default.outputs[0].token_ids) == 16
-    told = by_default.kv_transfer_params["redvtp"]
+    told = report_of(by_default)
     assert (told["steps"], told["visual_tokens_kept"]) == (16, 22)
     assert {step["canvas_block"] for step in told["trace"]} == {0, 1}
     # A canvas shorter than the server's block_length and steps takes what fits of them.
     assert len(overridden.outputs[0].token_ids) == 4
-    told = overridden.kv_transfer_params["redvtp"]
+    told = report_of(overridden)
     assert (told["steps"], told["visual_tokens_kept"]) == (4, 44)
 
 
@@ -274,7 +283,7 @@ def test_stop_string_ends_the_answer_before_it(llm: LLM) -> None:
     assert output.outputs[0].stop_reason == stop
     assert stop not in output.outputs[0].text
     # The report came with the last tokens: vLLM's front-end ends these requests, not the scheduler.
-    assert output.kv_transfer_params["redvtp"]["steps"] > 0
+    assert report_of(output)["steps"] > 0
 
 
 def test_stop_string_the_front_end_does_not_see_still_ends_the_request(llm: LLM) -> None:
@@ -289,7 +298,7 @@ def test_mixed_requests_get_the_tokens_they_get_alone(llm: LLM) -> None:
     some = {(run.case, run.kind, run.uses_threshold): run for run in runs(checkpoints=("tiny-llada-v",))}
     chosen = [run for run in some.values() if not run.case.config_overrides][:6]
     assert any(run.uses_threshold for run in chosen)
-    prompts = [prompt_of(run.case) for run in chosen] + [HELLO, prompt_of(SQUARE)]
+    prompts: list[PromptType] = [*(prompt_of(run.case) for run in chosen), HELLO, prompt_of(SQUARE)]
     sampling = [sampling_of(run) for run in chosen] + [
         SamplingParams(max_tokens=20, temperature=1.0, seed=5, ignore_eos=True),
         SamplingParams(max_tokens=24, temperature=0.7, seed=6, extra_args={"redvtp_remasking": "random"}),
@@ -311,7 +320,7 @@ def test_streaming_input_session_is_refused_and_the_engine_lives(answering: LLM)
         resumable=True,
     )
     scheduler = scheduler_of(answering)
-    engine_core = engine.engine_core.engine_core
+    engine_core = engine_core_of(answering)
     for _ in range(2):
         engine_core.add_request(*engine_core.preprocess_add_request(request))
     outputs, _ = engine_core.step()
@@ -323,7 +332,7 @@ def test_streaming_input_session_is_refused_and_the_engine_lives(answering: LLM)
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 64)], ids=str)
 def test_extreme_image_is_answered(answering: LLM, size: tuple[int, int]) -> None:
-    prompt = {**prompt_of(SQUARE), "multi_modal_data": {"image": Image.new("RGB", size, (10, 20, 30))}}
+    prompt: TextPrompt = {**prompt_of(SQUARE), "multi_modal_data": {"image": Image.new("RGB", size, (10, 20, 30))}}
     sampling = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
     (output,) = answering.generate([prompt], sampling, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 4
@@ -336,13 +345,15 @@ def test_chat_has_the_default_system_message_and_the_references_tokens(llm: LLM)
         {"type": "image_pil", "image_pil": SQUARE.images()[0]},
         {"type": "text", "text": SQUARE.question},
     ]
-    (output,) = llm.chat([{"role": "user", "content": content}], sampling_of(run), use_tqdm=False)
+    messages: Any = [{"role": "user", "content": content}]
+    (output,) = llm.chat(messages, sampling_of(run), use_tqdm=False)
     assert list(output.outputs[0].token_ids) == run.output
 
 
 def test_chat_keeps_a_system_message_of_its_own(llm: LLM) -> None:
-    messages = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hello"}]
+    messages: Any = [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hello"}]
     (output,) = llm.chat(messages, SamplingParams(max_tokens=4), use_tqdm=False)
+    assert output.prompt_token_ids is not None
     assert llm.get_tokenizer().decode(output.prompt_token_ids) == (
         "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
@@ -355,10 +366,10 @@ def test_bfloat16_answers(llm_factory: Callable[..., LLM]) -> None:
     sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
     (output,) = llm.generate([prompt_of(SQUARE)], sampling, use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 16
-    assert output.kv_transfer_params["redvtp"]["visual_tokens_kept"] == 44
+    assert report_of(output)["visual_tokens_kept"] == 44
     assert free_blocks(llm) == usable_blocks(llm)
 
 
 def test_raw_token_ids_outside_the_vocabulary_are_refused(answering: LLM) -> None:
     with pytest.raises(ValueError, match=r"token ids outside \[0, 593\]"):
-        answering.generate([{"prompt_token_ids": [1, 10**6]}], SamplingParams(max_tokens=8), use_tqdm=False)
+        answering.generate([TokensPrompt(prompt_token_ids=[1, 10**6])], SamplingParams(max_tokens=8), use_tqdm=False)

@@ -12,7 +12,7 @@ from vllm import LLM, SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from golden_data import Case
-from plugin.requests import free_blocks, prompt_of, scheduler_of, usable_blocks
+from plugin.requests import free_blocks, prompt_of, scheduler_of, step_of, usable_blocks
 
 SQUARE = Case("tiny-llada-v", "square")
 TEXT = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHello<|eot_id|>"
@@ -82,7 +82,7 @@ def _answer_all(llm: LLM, requests: dict[str, tuple[Any, SamplingParams]], **opt
 def _finish(llm: LLM) -> dict[str, list[int]]:
     tokens: dict[str, list[int]] = {}
     while llm.llm_engine.has_unfinished_requests():
-        tokens |= {done.request_id: list(done.outputs[0].token_ids) for done in llm.llm_engine.step() if done.finished}
+        tokens |= {done.request_id: list(done.outputs[0].token_ids) for done in step_of(llm) if done.finished}
     return tokens
 
 
@@ -96,14 +96,14 @@ def tight(llm_factory: Callable[..., LLM]) -> Iterator[LLM]:
 
 
 def test_steps_stay_within_the_budget_and_tokens_are_those_of_a_request_alone(tight: LLM) -> None:
-    modes = [
+    modes: list[dict[str, Any]] = [
         {"cache": "none"},
         {"cache": "prefix", "block_length": 8},
         {"cache": "dual", "block_length": 8},
         {"cache": "prefix_lm"},
     ]
     requests = {f"r{n}": (prompt_of(SQUARE), _sampling(**modes[n % 3], steps=16 + n)) for n in range(9)}
-    alone = {}
+    alone: dict[str, list[int]] = {}
     for name, request in requests.items():
         alone |= _answer_all(tight, {name: request})
     with _watched(tight) as seen:

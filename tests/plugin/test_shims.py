@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import requests
+from image_bytes import claimed_png
 from PIL.Image import DecompressionBombError
 from vllm.config import ModelConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging
@@ -31,8 +32,6 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.serial_utils import MsgpackEncoder
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as LogitsProcessorV2
-
-from benchmarks.image_bytes import claimed_png
 
 
 def _calls(function: Callable[..., Any] | type) -> list[ast.Call]:

@@ -29,10 +29,10 @@ class _Counting:
 
     def decode(self, ids: Sequence[int], **options: Any) -> str:
         self.most = max(self.most, len(ids))
-        return str(TOKENIZER.decode(ids, **options))
+        return str(TOKENIZER.decode(list(ids), **options))
 
 
-def _whole(ids: Sequence[int], sampling: SamplingParams) -> bool:
+def _whole(ids: list[int], sampling: SamplingParams) -> bool:
     text = TOKENIZER.decode(ids, skip_special_tokens=sampling.skip_special_tokens, clean_up_tokenization_spaces=False)
     return any(stop in str(text) for stop in sampling.stop or ())
 

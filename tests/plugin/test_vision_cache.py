@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 from PIL import Image
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import TextPrompt
 
 from golden_data import Case, checkpoint_dir
 from plugin.conftest import in_process_llm
@@ -32,12 +32,12 @@ def _tower_calls(llm: LLM) -> Iterator[list[int]]:
         hook.remove()
 
 
-def _answers(llm: LLM, prompts: list[dict[str, Any]]) -> list[list[int]]:
+def _answers(llm: LLM, prompts: list[TextPrompt]) -> list[list[int]]:
     outputs = llm.generate(prompts, SAMPLING, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def _picture(seed: int) -> dict[str, Any]:
+def _picture(seed: int) -> TextPrompt:
     image = Image.frombytes("RGB", (60, 40), random.Random(seed).randbytes(60 * 40 * 3))
     return {**prompt_of(CASE), "multi_modal_data": {"image": [image]}}
 
@@ -63,7 +63,7 @@ def test_images_of_requests_that_arrive_together_share_a_call(llm: LLM) -> None:
 
 def test_a_clients_name_for_an_image_is_not_believed(llm: LLM) -> None:
     """vLLM takes `uuid` for the content; two images under one name must stay two."""
-    prompts = [{**_picture(seed), "multi_modal_uuids": {"image": ["mine"]}} for seed in (3, 4)]
+    prompts: list[TextPrompt] = [{**_picture(seed), "multi_modal_uuids": {"image": ["mine"]}} for seed in (3, 4)]
     with _tower_calls(llm) as calls:
         named = [_answers(llm, [prompt])[0] for prompt in prompts]
         assert len(calls) == 2

@@ -119,7 +119,7 @@ def ask_streaming(client: openai.OpenAI, model: str, *messages: Any, **options: 
 
 def in_pieces(least: int, pieces: Callable[[Any], int], ask_once: Callable[[], Any]) -> Any:
     """A streamed answer of at least so many pieces; vLLM joins those that come while its front-end is kept waiting."""
-    seen = []
+    seen: list[int] = []
     while len(seen) < 20:
         streamed = ask_once()
         seen.append(pieces(streamed))

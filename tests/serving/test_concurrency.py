@@ -9,8 +9,8 @@ from typing import Any
 
 import openai
 import pytest
+from image_bytes import png
 
-from benchmarks.image_bytes import png
 from serving.chat import Answer, ask, ask_streaming, golden_run, message, message_of, options_of
 from serving.server import REQUEST_SECONDS
 

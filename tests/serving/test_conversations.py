@@ -117,7 +117,7 @@ def test_chat_answers_as_the_engine_whole_and_streamed(
     "knobs", [{"block_length": 32}, {"block_length": 7}, {"block_length": 1, "steps": 37}], ids=str
 )
 def test_canvas_need_not_be_a_multiple_of_the_block_length(
-    client: openai.OpenAI, model: str, engine: EngineFactory, knobs: dict[str, int]
+    client: openai.OpenAI, model: str, engine: EngineFactory, knobs: dict[str, Any]
 ) -> None:
     conversation = CONVERSATIONS[1]
     expected = _expected(engine, conversation, gen_length=37, **knobs)
@@ -194,7 +194,7 @@ def test_completions_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, m
         client, model, *CONVERSATIONS[0].messages, max_tokens=40, temperature=0, extra_body=request["extra_body"]
     )
     assert whole.choices[0].text == chat.text
-    usage_too = {"include_usage": True}
+    usage_too: Any = {"include_usage": True}
     chunks = in_pieces(
         4, len, lambda: list(client.completions.create(**request, stream=True, stream_options=usage_too))
     )

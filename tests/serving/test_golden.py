@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import openai
 import pytest
+from image_bytes import png
 
-from benchmarks.image_bytes import png
 from golden_data import Run
 from plugin.requests import answer_of
 from redvtp.prompt import load_tokenizer

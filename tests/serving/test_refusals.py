@@ -10,9 +10,9 @@ from typing import Any
 
 import openai
 import pytest
+from image_bytes import claimed_png, png
 from PIL import Image
 
-from benchmarks.image_bytes import claimed_png, png
 from golden_data import Case
 from serving.chat import CHECKPOINT, ask, message
 from serving.server import Server
@@ -85,8 +85,9 @@ def test_bad_image_url_is_refused(answering: openai.OpenAI, model: str, url: str
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
     _refused(answering, model, {"role": "user", "content": content}, match=reason)
     image = {"type": "input_image", "image_url": url, "detail": "auto"}
+    turns: Any = [{"role": "user", "content": [image]}]
     with pytest.raises(openai.BadRequestError, match=reason):
-        answering.responses.create(model=model, input=[{"role": "user", "content": [image]}])  # type: ignore[list-item]
+        answering.responses.create(model=model, input=turns)
 
 
 def test_image_of_a_host_that_cannot_be_reached_is_refused(answering: openai.OpenAI, model: str) -> None:

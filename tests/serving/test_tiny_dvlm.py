@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -32,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_eight_clients_get_the_engines_answers(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    answers = []
+    answers: list[dict[Any, Any]] = []
     for where, options in ((f"http://{HOST}:{server.port}", ()), (str(MODEL), ("--dtype", "float32"))):
         out = tmp_path / f"out-{len(answers)}"
         status, _, err = in_process(capsys, "eval", where, TASKS, *GRID, *options, "--output", out)

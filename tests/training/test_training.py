@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from training.vocab import tokenizer
 
 pytestmark = pytest.mark.slow
 
-_FEW = {"background": (0.0, 0.3), "items": (2, 4), "lines": (2, 3)}
+_FEW: dict[str, Any] = {"background": (0.0, 0.3), "items": (2, 4), "lines": (2, 3)}
 SHORT_PLAN = (
     Phase("tower", "tower", steps=4, batch=1, warmup=0),
     Phase("words", "language", steps=4, batch=2, tokens=136, warmup=0, **_FEW),
@@ -51,13 +52,13 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(
     # Killed in the middle of the second phase, just after it saved.
     learn, learned = training.Trainer.learn, 0
 
-    def learn_and_die(self: training.Trainer, shards: object) -> object:
+    def learn_and_die(self: training.Trainer, shards: Any) -> object:
         nonlocal learned
         if learned == 2:
             self.save()
             raise KeyboardInterrupt
         learned += 1
-        return learn(self, shards)  # type: ignore[arg-type]
+        return learn(self, shards)
 
     monkeypatch.setattr(training.Trainer, "learn", learn_and_die)
     with pytest.raises(KeyboardInterrupt):
@@ -75,8 +76,8 @@ def test_the_tower_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     totals: list[float] = []
     learn = training.Trainer.learn
 
-    def learn_and_note(self: training.Trainer, shards: object) -> dict[str, float]:
-        report = learn(self, shards)  # type: ignore[arg-type]
+    def learn_and_note(self: training.Trainer, shards: Any) -> dict[str, float]:
+        report = learn(self, shards)
         totals.append(report["total"])
         return report
 
