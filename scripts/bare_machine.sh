@@ -57,8 +57,9 @@ make_machine() {
     mount --rbind /dev "$machine/dev"
     if [ "$who" = user ]; then chroot "$machine" useradd --create-home --shell /bin/bash user; fi
     git clone --quiet --no-hardlinks "$repository" "$machine$clone"
+    mkdir -p "$machine$home/.cache/pip"
     if [ -n "${BARE_PIP_CACHE:-}" ]; then
-        mkdir -p "$BARE_PIP_CACHE" "$machine$home/.cache/pip"
+        mkdir -p "$BARE_PIP_CACHE"
         mount --bind "$BARE_PIP_CACHE" "$machine$home/.cache/pip"
     fi
     # Under a name of its own: Debian's ca-certificates writes the usual one.
