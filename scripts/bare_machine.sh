@@ -90,8 +90,13 @@ do_what_the_message_says() {
     inside_as root "yes | DEBIAN_FRONTEND=noninteractive sh -c '$line'" >/dev/null
 }
 
-# Bytes of what pip and apt-get have fetched, from their caches.
-fetched() { du -scb "$machine$home/.cache/pip" "$machine/var/cache/apt/archives" 2>/dev/null | tail -n 1 | cut -f1; }
+# MB that pip says in setup.log it has downloaded. Its cache tells less: some mirrors forbid it.
+pip_fetched() {
+    sed -n 's/^ *Downloading .*(\([0-9.]*\) \([kMG]\{0,1\}B\).*/\1 \2/p' "$machine$clone/setup.log" 2>/dev/null \
+        | awk '{ sum += $1 * ($2 == "GB" ? 1000 : $2 == "MB" ? 1 : $2 == "kB" ? 0.001 : 0) } END { printf "%.0f", sum }'
+}
+
+apt_fetched() { du -s --block-size=MB "$machine/var/cache/apt/archives" | cut -f1 | tr -d MB; }
 
 inside() {
     release=$1 who=$2
@@ -104,7 +109,7 @@ inside() {
     say "$release, $who, $(nproc) processors, load $(cut -d' ' -f1-3 /proc/loadavg)"
     make_machine
     local before status=0 command message=$machine/message.txt
-    before=$(fetched)
+    before=$(apt_fetched)
     if [ "$who" = user ]; then
         timed "$1" inside_as user "$1" >"$message" 2>&1 || true
         cat "$message"
@@ -114,8 +119,9 @@ inside() {
         timed "$command" inside_as "$who" "$command" 2>&1 || { status=1; break; }
     done
     printf '\n| step | time | exit status |\n|---|---:|---:|\n%s\n' "$table"
-    say "downloaded by pip and apt-get: $(($(fetched) - before)) bytes"
-    say ".venv: $(du -sb --apparent-size "$machine$clone/.venv" | cut -f1) bytes, $(du -sh "$machine$clone/.venv" | cut -f1) on disk"
+    say "downloaded: $(pip_fetched) MB by pip, $(($(apt_fetched) - before)) MB by apt-get"
+    say "on disk: .venv $(du -s --block-size=MB "$machine$clone/.venv" | cut -f1)," \
+        "pip's cache $(du -s --block-size=MB "$machine$home/.cache/pip" | cut -f1)"
     say "load $(cut -d' ' -f1-3 /proc/loadavg)"
     return $status
 }

