@@ -123,7 +123,7 @@ def ask_all(client: openai.OpenAI, questions: Sequence[Task], arguments: argpars
             freed.append(report["blocks_freed"] / report["kv_blocks_admitted"])
             if report["prunings"]:
                 heatmap = arguments.output / f"{image.stem}-{number}.png"
-                draw_saved([open_image(image)], config, report).save(heatmap)
+                draw_saved([open_image(image)], config, report, legend=True).save(heatmap)
                 print(f"    what it looked at: {shown(heatmap)}")
     print(f"\n{sum(freed) / len(freed):.0%} of the KV blocks went back to vLLM after the first denoising step.")
     if all(task.answers for task in questions):

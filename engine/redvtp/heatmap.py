@@ -3,7 +3,7 @@
 Patches that lost their visual token are grey and hatched; a tint on the others shows their scores, from blue (least
 attention) to red. If an image has a coarse tile and a fine grid, the fine token of a patch decides; its grey is
 darker if the coarse token over it is dropped too. `redvtp generate --heatmap` draws from a run, `redvtp heatmap`
-(`draw_saved`) from a stored trace or API response. Both add a legend.
+(`draw_saved`) from a stored trace or API response. `scripts/demo.py` adds a legend.
 """
 
 from __future__ import annotations
@@ -70,10 +70,12 @@ def draw(
     return side_by_side(panels)
 
 
-def draw_saved(images: Sequence[Image.Image], config: DvlmConfig, saved: object, *, legend: bool = True) -> Image.Image:
+def draw_saved(
+    images: Sequence[Image.Image], config: DvlmConfig, saved: object, *, legend: bool = False
+) -> Image.Image:
     """The same from a stored trace, or from an API response to a request with `"redvtp_report": "full"`.
 
-    legend: below it, what the colours say. Small pictures are enlarged for it.
+    legend: add what the colours say, below. Small pictures are enlarged for it.
 
     Raises ValueError when it is neither, or when there is no pruning in it.
     """

@@ -166,5 +166,5 @@ def _panel(config: DvlmConfig, images: tuple[Image, ...], result: Result) -> Pan
     name += "" if result.cache == "none" else f", cache {result.cache}"
     kept = f"{result.visual_tokens_kept:,} of {result.visual_tokens:,} tokens"
     if result.prunings:
-        return Panel(draw_saved(images, config, {"prunings": result.prunings}, legend=False), (name, kept))
+        return Panel(draw_saved(images, config, {"prunings": result.prunings}), (name, kept))
     return Panel(side_by_side(images), (name, kept))
