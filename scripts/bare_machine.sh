@@ -22,6 +22,8 @@ outside() {
     [ "$(id -u)" = 0 ] || { echo "bare_machine: must run as root" >&2; exit 2; }
     machine=$(mktemp -d "${BARE_FOLDER:-/var/tmp}/bare-$1-$2.XXXXXX")
     trap 'exit 130' INT TERM
+    # An ordinary user must be able to enter it.
+    chmod 755 "$machine"
     # shellcheck disable=SC2064  # the folder of now
     trap "leave '$machine'" EXIT
     BARE_INSIDE=$machine unshare --mount --propagation private --pid --fork --kill-child "$0" "$@" || status=$?
