@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,7 +20,6 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,16 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny_dvlm"
 QUESTIONS = MODEL / "demo.jsonl"
 PHOTO = ROOT / "examples" / "images" / "coffee.jpg"
-# Pictures smaller than this are drawn larger, for the eye.
-SHOWN_PIXELS = 640
+# What a question of the small model means where its words do not say it.
+MEANINGS = {
+    "field_value": "the number behind that word in the form",
+    "list_boxes": "color and digit of each",
+    "list_shapes": "color and shape of each",
+    "transcribe_form": "every word with its number",
+    "transcribe_signs": "color and letters of each",
+}
+# What vLLM's logger puts before each line of a traceback.
+LOG_PREFIX = re.compile(r"^\((?P<process>[\w-]+)[^)]*\)\s+(?:ERROR \S+ \S+ \[[^]]*\] ?)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,7 @@ def main() -> int:
         try:
             ask_all(client, questions, arguments)
         except openai.OpenAIError as error:
-            sys.exit(f"demo: the request failed: {error}; the server's log is {shown(log)}")
+            sys.exit(f"demo: the request failed: {error}\n{what_went_wrong(log)}")
     return 0
 
 
@@ -90,14 +99,19 @@ def ask_all(client: openai.OpenAI, questions: Sequence[Task], arguments: argpars
     keep = arguments.keep_ratio
     right = {"dense": 0, "pruned": 0}
     freed = []
-    for image, tasks in groupby(questions, key=lambda task: task.images[0]):
+    if arguments.model.resolve() == MODEL:
+        print("The small model knows only pictures of boxes with digits, signs, shapes and forms, and set questions.")
+        if arguments.image or arguments.prompt:
+            print("It answers nonsense to all others; examples/tiny_dvlm/README.md lists the questions.")
+    for image, tasks in itertools.groupby(questions, key=lambda task: task.images[0]):
         with Image.open(image) as picture:
             print(f"\n{shown(image)} ({picture.width} x {picture.height})")
         for number, task in enumerate(tasks, 1):
             dense = ask(client, model, task, {"redvtp_pruning": "none"})
             pruned = ask(client, model, task, {"redvtp_keep_ratio": keep, "redvtp_report": "full"})
             report = pruned.report
-            print(f"  {task.question}")
+            meaning = f"   ({MEANINGS[task.name]})" if task.name in MEANINGS else ""
+            print(f"  {task.question}{meaning}")
             print_answer("all visual tokens", dense, task)
             print_answer(f"best {keep:.0%} of them", pruned, task)
             print(
@@ -109,12 +123,11 @@ def ask_all(client: openai.OpenAI, questions: Sequence[Task], arguments: argpars
             freed.append(report["blocks_freed"] / report["kv_blocks_admitted"])
             if report["prunings"]:
                 heatmap = arguments.output / f"{image.stem}-{number}.png"
-                enlarged(draw_saved([open_image(image)], config, report)).save(heatmap)
+                draw_saved([open_image(image)], config, report, legend=True).save(heatmap)
                 print(f"    what it looked at: {shown(heatmap)}")
     print(f"\n{sum(freed) / len(freed):.0%} of the KV blocks went back to vLLM after the first denoising step.")
     if all(task.answers for task in questions):
         print(f"Right answers: {right['dense']} of {len(questions)} dense, {right['pruned']} with {keep:.0%} kept.")
-    print("In the heat maps grey is what was dropped; from blue to red, what is left was looked at more.")
 
 
 def ask(client: openai.OpenAI, model: str, task: Task, knobs: dict[str, Any]) -> Reply:
@@ -137,11 +150,6 @@ def print_answer(how: str, reply: Reply, task: Task) -> None:
     print(f"    {how:18} {first}")
     for line in more:
         print(f"    {'':18} {line}")
-
-
-def enlarged(picture: Image.Image) -> Image.Image:
-    factor = max(1, SHOWN_PIXELS // max(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -203,8 +211,8 @@ def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path, t
     while (waited := time.monotonic() - started) < timeout:
         if process.poll() is not None:
             finish_line()
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
-            sys.exit(f"{tail}\ndemo: the server stopped (exit {process.returncode}); its whole log is {shown(log)}")
+            how = f"demo: the server stopped after {waited:.0f} s (exit status {process.returncode})"
+            sys.exit(f"{how}\n{what_went_wrong(log)}")
         if healthy(port):
             finish_line()
             print(f"the server is ready after {waited:.0f} s")
@@ -216,7 +224,31 @@ def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path, t
             said += 10
         time.sleep(0.5)
     finish_line()
-    sys.exit(f"demo: the server was not ready after {timeout:.0f} s; see {shown(log)}, or wait longer with --timeout")
+    how = f"demo: the server was not ready after {timeout:.0f} s; wait longer with --timeout"
+    sys.exit(f"{how}\n{what_went_wrong(log)}")
+
+
+def what_went_wrong(log: Path) -> str:
+    """The log's first error, which later ones follow from, and its last line, which often only says "see above"."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    parts = {"what went wrong first:": first_error(lines), "the last line of its log:": lines[-1:]}
+    said = "".join(
+        f"  {what}\n" + textwrap.indent("\n".join(found), "    ") + "\n" for what, found in parts.items() if found
+    )
+    return f"{said}  the whole log: {shown(log)}"
+
+
+def first_error(lines: Sequence[str]) -> list[str]:
+    """How the first traceback ends, and in which process; without one the first lines with an error."""
+    bare = [LOG_PREFIX.sub("", line) for line in lines]
+    start = next((index for index, line in enumerate(bare) if line.startswith("Traceback (most recent")), None)
+    if start is None:
+        return [line for line in lines if re.search(r"\bERROR\b|\berror: ", line)][:3]
+    # Frames are indented. A message of several lines goes on indented, too.
+    end = next((index for index in range(start + 1, len(bare)) if not bare[index].startswith(" ")), len(bare) - 1)
+    message = [bare[end], *itertools.takewhile(lambda line: line.startswith(" "), bare[end + 1 : end + 6])]
+    process = LOG_PREFIX.match(lines[end])
+    return [f"{process['process']}: {message[0]}" if process else message[0], *message[1:]]
 
 
 def healthy(port: int) -> bool:

@@ -7,7 +7,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ./scripts/setup.sh
 PATH="$PWD/.venv/bin:$PATH"
-ruff check .
-ruff format --check .
-mypy
+
+STAGES_OF="test"
+LOG=$(mktemp)
+trap 'rm -f "$LOG"' EXIT
+# shellcheck source=scripts/stages.sh
+. scripts/stages.sh
+
+# check TEXT COMMAND...: shows what the command printed if it failed.
+check() {
+    : >"$LOG"
+    stage "$@" || { [ "${REDVTP_VERBOSE:-0}" != 0 ] || cat "$LOG" >&2; exit 1; }
+}
+
+check "ruff check" ruff check .
+check "ruff format" ruff format --check .
+check "mypy$([ -d .mypy_cache ] || echo ' (the first run takes minutes)')" mypy
+say "pytest $*"
+rm -f "$LOG"
 exec pytest "$@"

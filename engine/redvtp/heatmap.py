@@ -1,9 +1,9 @@
 """A picture of a pruning: which patches kept their visual token, and how each scored.
 
-Patches that lost their visual token are grey; the others keep their colours. A tint shows the scores, from blue (least
+Patches that lost their visual token are grey and hatched; a tint on the others shows their scores, from blue (least
 attention) to red. If an image has a coarse tile and a fine grid, the fine token of a patch decides; its grey is
 darker if the coarse token over it is dropped too. `redvtp generate --heatmap` draws from a run, `redvtp heatmap`
-(`draw_saved`) from a stored trace or API response.
+(`draw_saved`) from a stored trace or API response. `scripts/demo.py` adds a legend.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from redvtp.families.config import DvlmConfig
 from redvtp.trace import survivors
@@ -26,12 +26,17 @@ Mask = NDArray[np.bool_]
 
 # From least to most attention: blue, cyan, green, yellow, red.
 _PALETTE = np.array([[40, 60, 190], [40, 180, 220], [90, 200, 90], [250, 215, 60], [220, 40, 30]], dtype=np.float32)
-_TINT_KEPT = 0.35
-_TINT_PRUNED = 0.12
+_TINT = 0.5
 # Brightness of a pruned patch under a kept token of the coarse tile, and of one under none.
 _GREY_SEEN = 0.75
 _GREY_UNSEEN = 0.45
+# Dark diagonal lines on pruned patches: grey alone does not stand out on a grey picture.
+_HATCH = 0.7
+_HATCH_LINES = 48
 _GAP = 8
+# Narrower pictures are enlarged, so that the legend fits and patches are visible.
+_LEGEND_WIDTH = 480
+_LEGEND_FONT = 15
 
 
 def draw(
@@ -65,13 +70,42 @@ def draw(
     return side_by_side(panels)
 
 
-def draw_saved(images: Sequence[Image.Image], config: DvlmConfig, saved: object) -> Image.Image:
+def draw_saved(
+    images: Sequence[Image.Image], config: DvlmConfig, saved: object, *, legend: bool = False
+) -> Image.Image:
     """The same from a stored trace, or from an API response to a request with `"redvtp_report": "full"`.
+
+    legend: add what the colours say, below. Small pictures are enlarged for it.
 
     Raises ValueError when it is neither, or when there is no pruning in it.
     """
     prunings = prunings_of(saved)
-    return draw(images, config, prunings[0]["importance"], survivors(prunings))
+    kept = survivors(prunings)
+    picture = draw(images, config, prunings[0]["importance"], kept)
+    return with_legend(picture, len(kept), prunings[0]["visual_before"]) if legend else picture
+
+
+def with_legend(picture: Image.Image, kept: int, total: int) -> Image.Image:
+    """The picture above a strip that tells dropped patches from kept ones."""
+    factor = math.ceil(_LEGEND_WIDTH / picture.width)
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    height, line = 2 * _LEGEND_FONT + 4 * _GAP, _LEGEND_FONT + 2 * _GAP
+    drawn = Image.new("RGB", (picture.width, picture.height + height), "white")
+    drawn.paste(picture, (0, 0))
+    heat = np.tile(np.linspace(0, 1, 120, dtype=np.float32), (_LEGEND_FONT, 1))
+    white = np.full((*heat.shape, 3), 255, dtype=np.float32)
+    dropped = _hatched(white * _GREY_SEEN, np.zeros(heat.shape, dtype=bool), period=8)
+    stayed = white * (1 - _TINT) + _colour(heat) * _TINT
+    rows = (
+        (stayed, f"kept, {kept:,} of {total:,}: looked at least (blue) to most (red)"),
+        (dropped, f"dropped, {total - kept:,} of {total:,}: grey and hatched"),
+    )
+    pen, font = ImageDraw.Draw(drawn), ImageFont.load_default(_LEGEND_FONT)
+    for number, (swatch, words) in enumerate(rows):
+        top = picture.height + _GAP + number * line
+        drawn.paste(_image(swatch), (_GAP, top))
+        pen.text((_GAP + 128, top + _LEGEND_FONT / 2), words, fill="black", font=font, anchor="lm")
+    return drawn
 
 
 def prunings_of(saved: object) -> list[Mapping[str, Any]]:
@@ -138,9 +172,20 @@ def _panel(image: Image.Image, boxes: Sequence[Box | None], scores: Floats, stay
     kept = np.where(np.isnan(seen), np.nan_to_num(seen_coarse), seen) > 0
     brightness = np.where(np.nan_to_num(seen_coarse) > 0, _GREY_SEEN, _GREY_UNSEEN)[..., None]
     base = np.where(kept[..., None], pixels, grey * brightness)
-    tint = np.where(kept, _TINT_KEPT, _TINT_PRUNED) * ~np.isnan(heat)
-    drawn = base * (1 - tint[..., None]) + _colour(np.nan_to_num(heat)) * tint[..., None]
-    return Image.fromarray(drawn.round().clip(0, 255).astype(np.uint8), "RGB")
+    tint = np.where(kept & ~np.isnan(heat), _TINT, 0)[..., None]
+    drawn = base * (1 - tint) + _colour(np.nan_to_num(heat)) * tint
+    return _image(_hatched(drawn, kept, period=max(4, max(shape) // _HATCH_LINES)))
+
+
+def _hatched(pixels: Floats, kept: Mask, period: int) -> Floats:
+    """Diagonal lines, `period` pixels apart, where `kept` is false."""
+    rows, columns = np.indices(kept.shape)
+    line = ((rows + columns) % period < max(1, period // 4)) & ~kept
+    return np.where(line[..., None], pixels * np.float32(_HATCH), pixels)
+
+
+def _image(pixels: Floats) -> Image.Image:
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8), "RGB")
 
 
 def _raster(boxes: Sequence[Box | None], values: Floats, shape: tuple[int, int]) -> Floats:
