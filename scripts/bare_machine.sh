@@ -3,7 +3,7 @@
 #
 #   scripts/bare_machine.sh bookworm|trixie root|user [COMMAND...]
 #
-# Needs root, debootstrap, git, network and 15 GB of disk. COMMANDs (default: ./scripts/demo.sh, then ./scripts/test.sh
+# Needs root, debootstrap, git, network and 15 GB of disk. The commands (default: ./scripts/demo.sh, then ./scripts/test.sh
 # tests/engine) run in a clean clone of HEAD. `user`: an ordinary user types the first one, gets one message, root installs
 # what that names, and the user types it again.
 #

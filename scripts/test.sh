@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes the environment if needed, then lints, type-checks and tests everything. Arguments go to pytest:
+# Makes the environment if needed, then lints, type-checks and tests everything, side by side in a process for each core
+# (four at most: each may hold vLLM engines and a server). Arguments go to pytest instead, which then runs by itself:
 #
 #   ./scripts/test.sh
 #   ./scripts/test.sh tests/engine -k compaction
@@ -22,7 +23,9 @@ check() {
 
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
+check "typos" typos
 check "mypy$([ -d .mypy_cache ] || echo ' (the first run takes minutes)')" mypy
+if [ $# = 0 ]; then set -- -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder; fi
 say "pytest $*"
 rm -f "$LOG"
 exec pytest "$@"

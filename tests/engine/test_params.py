@@ -118,7 +118,7 @@ def test_a_refusal_holds_its_knobs_as_parts(knobs: dict[str, Any], message: str)
         (DenoisingParams, {"cache": "prefix-lm"}, "prefix_lm"),
         (DenoisingParams, {"cache": "duel"}, "dual"),
         (DenoisingParams, {"remasking": "low_confidenc"}, "low_confidence"),
-        (DenoisingParams, {"schedule": "evn"}, "even"),
+        (DenoisingParams, {"schedule": "evenn"}, "even"),
     ],
 )
 def test_a_misspelt_choice_is_answered_with_the_right_one(params: Any, knobs: dict[str, Any], meant: str) -> None:
