@@ -1,8 +1,8 @@
 """The pages a reader is shown, and the code blocks in them.
 
-`PAGES` are the Markdown files that mkdocs.yml names, as paths of the repository. `blocks(page)` are its fences. A comment
-directly above a fence says how it is tested: `<!-- not run: REASON -->`, or `<!-- output -->` for a `text` fence whose
-lines the block above it prints.
+`PAGES` are the Markdown files for readers, as paths of the repository. `blocks(page)` are its fences. A comment right
+above a fence says how it is tested: `<!-- not run: REASON -->`, or `<!-- output -->` for a `text` fence whose lines the
+block above it prints.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).resolve().parents[2]
 # Pages outside docs/, which docs/hooks.py brings into the site.
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/golden/README.md", "training/README.md")
-PAGES = sorted(
-    {*OUTSIDE, *(path.relative_to(ROOT).as_posix() for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*.md"))}
-)  # fmt: skip
+FOUND = [path for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*.md")]
+PAGES = sorted([*OUTSIDE, *(path.relative_to(ROOT).as_posix() for path in FOUND)])
 NOT_RUN = re.compile(r"^<!-- not run: (\S.*) -->$")
 OUTPUT = "<!-- output -->"
 # The command that starts a server, and the address that its clients use.

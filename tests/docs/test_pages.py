@@ -1,4 +1,4 @@
-"""Pages: every code block is run, is data that can be read, or says why not; names and versions are those of the code."""
+"""Pages: every code block is run, is data that can be read, or says why not; knobs and versions are the code's."""
 
 from __future__ import annotations
 

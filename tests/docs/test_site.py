@@ -40,7 +40,9 @@ def pages_of(nav: list[Any]) -> Iterator[str]:
 
 
 # As files of the repository.
-IN_NAV = [{page: source for source, page in OUTSIDE.items()}.get(page, f"docs/{page}") for page in pages_of(CONFIG["nav"])]
+IN_NAV = [
+    {page: source for source, page in OUTSIDE.items()}.get(page, f"docs/{page}") for page in pages_of(CONFIG["nav"])
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,10 @@ def test_the_site_asks_no_other_server_for_anything(site: Path) -> None:
 
 
 def test_the_search_knows_every_page(site: Path) -> None:
-    found = {entry["location"].partition("#")[0] for entry in json.loads((site / "search/search_index.json").read_text())["docs"]}
+    found = {
+        entry["location"].partition("#")[0]
+        for entry in json.loads((site / "search/search_index.json").read_text())["docs"]
+    }
     expected = {re.sub(r"(^|/)index\.md$", r"\1", page).replace(".md", "/") for page in pages_of(CONFIG["nav"])}
     assert found == expected
 

@@ -1,8 +1,8 @@
 """Runs the blocks of a page, in their order, in a copy of the repository, as a reader would type them.
 
-A `Workshop` has one copy for all pages. `run_page` fails with the place of the block that ended with another status than
-0, or whose output lacks a promised line. What a page writes stays for its later blocks; blocks with the same text, on
-whichever page, are run once. `vllm serve` blocks start that server, in place of the one that runs.
+A `Workshop` has one copy for all pages. `run_page` fails with the block that ended with another status than 0, or whose
+output lacks a promised line. What a page writes stays for its later blocks. A text that stands on several pages is run
+once. `vllm serve` blocks start that server, in place of the one that runs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from docs.pages import ADDRESS, ROOT, Block, run_blocks
@@ -35,6 +36,8 @@ class Workshop:
             shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
         (self.folder / ".venv").symlink_to(sys.prefix)
         self.logs = folder
+        self.scripts = folder / "scripts"
+        self.scripts.mkdir()
         self.printed: dict[tuple[str, str], str] = {}
         self.server: Server | None = None
         self.serving = ""
@@ -47,7 +50,7 @@ class Workshop:
 
     def run_page(self, page: str) -> None:
         """Raises AssertionError naming the block that did not do what the page says."""
-        server = ""
+        server = USUAL
         above = ""
         for block in run_blocks(page):
             if block.output:
@@ -58,25 +61,34 @@ class Workshop:
                 self._serve(server)
             else:
                 if block.asks_a_server:
-                    self._serve(server or USUAL)
-                above = self._run(block, server)
+                    self._serve(server)
+                above = self.run(block)
 
-    def _run(self, block: Block, server: str) -> str:
+    def run(self, block: Block) -> str:
         """What the block prints on stdout."""
-        key = (server, block.text)
-        if key in self.printed and "activate" not in block.text:
-            return self.printed[key]
-        name = self.logs / re.sub(r"\W+", "-", block.place)
-        script = name.with_suffix(".py" if block.language == "python" else ".sh")
-        script.write_text(self._addressed(block.text), encoding="utf-8")
-        command = [sys.executable, str(script)] if block.language == "python" else ["bash", "-euo", "pipefail", str(script)]
+        key = (self.serving if block.asks_a_server else "", block.text)
+        if key not in self.printed:
+            name = re.sub(r"\W+", "-", block.place)
+            interpreter = (sys.executable,) if block.language == "python" else ("bash", "-euo", "pipefail")
+            self.printed[key] = self.run_text(name, self._addressed(block.text), *interpreter)
+        return self.printed[key]
+
+    def run_text(self, name: str, text: str, *interpreter: str) -> str:
+        """What the text prints on stdout, saved under this name and given to `interpreter`."""
+        script = self.scripts / name
+        script.write_text(text, encoding="utf-8")
         done = subprocess.run(
-            command, cwd=self.folder, env=self._environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=SECONDS, check=False,
-        )  # fmt: skip
+            [*interpreter, str(script)],
+            cwd=self.folder,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
         said = f"{done.stdout}{done.stderr}"
-        assert done.returncode == 0, f"{block.place} ended with status {done.returncode}\n{block.text}\n{said}"
-        self.printed[key] = done.stdout
+        assert done.returncode == 0, f"{name} ended with status {done.returncode}\n{text}\n{said}"
         return done.stdout
 
     def _environment(self) -> dict[str, str]:
@@ -138,7 +150,8 @@ def _without(arguments: list[str], *flags: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _environment_of(settings: dict[str, str]):  # type: ignore[no-untyped-def]
+def _environment_of(settings: dict[str, str]) -> Iterator[None]:
+    """These variables for what is started inside."""
     before = dict(os.environ)
     os.environ.update(settings)
     try:
