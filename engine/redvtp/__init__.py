@@ -4,4 +4,4 @@ The engine knows torch, transformers and PIL, never vLLM; `vllm_redvtp` adapts i
 runs it without a server, `redvtp generate` from the shell.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

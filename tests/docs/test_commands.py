@@ -1,0 +1,27 @@
+"""Commands and snippets of the pages that need no server, as they stand there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from docs.pages import PAGES, run_blocks
+from docs.workshop import Workshop, serve_lines
+
+# The blocks of CONTRIBUTING.md are its walk-throughs, see test_walk_throughs.py.
+TYPED = [page for page in PAGES if page != "CONTRIBUTING.md" and run_blocks(page) and not serve_lines(page)]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    made = Workshop(tmp_path_factory.mktemp("commands"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("page", TYPED)
+def test_the_page_can_be_typed_from_top_to_bottom(workshop: Workshop, page: str) -> None:
+    workshop.run_page(page)

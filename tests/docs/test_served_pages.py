@@ -1,0 +1,30 @@
+"""Commands and snippets of the pages that speak with a server, against the one that the page starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from docs.pages import PAGES, blocks
+from docs.workshop import Workshop, serve_lines
+
+# By the first server they need, so that a server is started once for all pages in a row.
+SERVED = sorted((page for page in PAGES if serve_lines(page)), key=serve_lines)
+
+pytestmark = [pytest.mark.serving, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    made = Workshop(tmp_path_factory.mktemp("served"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("page", SERVED)
+def test_the_page_can_be_typed_from_top_to_bottom(workshop: Workshop, page: str) -> None:
+    if any("curl " in block.text for block in blocks(page)) and shutil.which("curl") is None:
+        pytest.skip("needs curl: apt-get install curl")
+    workshop.run_page(page)
