@@ -94,7 +94,7 @@ def with_legend(picture: Image.Image, kept: int, total: int) -> Image.Image:
     drawn.paste(picture, (0, 0))
     heat = np.tile(np.linspace(0, 1, 120, dtype=np.float32), (_LEGEND_FONT, 1))
     white = np.full((*heat.shape, 3), 255, dtype=np.float32)
-    dropped = _hatched(white * _GREY_SEEN, np.zeros(heat.shape, dtype=bool), period=8)
+    dropped = _hatched(white * np.float32(_GREY_SEEN), np.zeros(heat.shape, dtype=bool), period=8)
     stayed = white * (1 - _TINT) + _colour(heat) * _TINT
     rows = (
         (stayed, f"kept, {kept:,} of {total:,}: looked at least (blue) to most (red)"),
