@@ -21,7 +21,7 @@ TASKS = MODEL / "tasks" / "tasks.jsonl"
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], dict[str, Any]]:
     out = tmp_path_factory.mktemp("tiny-dvlm") / "out"
-    found = {}
+    found: dict[tuple[str, float], dict[str, Any]] = {}
     # The second evaluation finds the dense answers of the first.
     for policy, keep in (("redvtp", "0.5"), ("random", "0.25")):
         # Answers are the same one by one (test_eval_command.py), but take twice as long.
