@@ -1,9 +1,12 @@
 """Asks a running `vllm serve MODEL --plugin redvtp` about images, through the ordinary openai package.
 
-    python examples/chat_with_image.py examples/images/coffee.jpg --prompt "What stands on the table?" --keep-ratio 0.25
-    python examples/chat_with_image.py photo.jpg --pruning progressive --knob prune_steps=3
-    python examples/chat_with_image.py photo.jpg --stream
-    python examples/chat_with_image.py photo.jpg --heatmap pruned.png
+    python examples/chat_with_image.py examples/tiny_dvlm/tasks/00008.jpg --prompt "List all boxes row by row." \\
+        --gen-length 8 --steps 8 --keep-ratio 0.25
+    python examples/chat_with_image.py examples/images/coffee.jpg --pruning progressive --knob prune_steps=3
+    python examples/chat_with_image.py examples/images/coffee.jpg --stream
+    python examples/chat_with_image.py examples/images/coffee.jpg --heatmap out/pruned.png
+
+The first is a question that the model in examples/tiny_dvlm knows; photographs need a published checkpoint.
 
 RedVTP's knobs travel in `vllm_xargs`, a field of vLLM's API; its report comes back in `kv_transfer_params`. Any other
 OpenAI client works the same way. The server checks the knobs, and refuses a wrong one with what is allowed. --heatmap

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from docs.pages import PAGES, run_blocks
-from docs.workshop import Workshop, serve_lines
+from doc_pages import PAGES, run_blocks
+from doc_workshop import Workshop, serve_lines
 
 # The blocks of CONTRIBUTING.md are its walk-throughs, see test_walk_throughs.py.
 TYPED = [page for page in PAGES if page != "CONTRIBUTING.md" and run_blocks(page) and not serve_lines(page)]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import redvtp
-from docs.pages import OUTPUT, PAGES, ROOT, RUN, Block, blocks
+from doc_pages import OUTPUT, PAGES, ROOT, RUN, Block, blocks
 from vllm_redvtp.knobs import KNOBS
 
 # What a reader sees and does not type.

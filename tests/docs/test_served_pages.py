@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from docs.pages import PAGES, blocks
-from docs.workshop import Workshop, serve_lines
+from doc_pages import PAGES, blocks
+from doc_workshop import Workshop, serve_lines
 
 # By the first server they need, so that a server is started once for all pages in a row.
 SERVED = sorted((page for page in PAGES if serve_lines(page)), key=serve_lines)

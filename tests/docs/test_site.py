@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from docs.pages import PAGES, ROOT
+from doc_pages import PAGES, ROOT
 
 # A proxy that refuses: what would go to the network fails.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from docs.pages import ROOT, Block, blocks
-from docs.workshop import Workshop
+from doc_pages import ROOT, Block, blocks
+from doc_workshop import Workshop
 
 PAGE = "CONTRIBUTING.md"
 # "New file `PATH`:" in the text above a block.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 # Pages outside docs/, which docs/hooks.py brings into the site.
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "tests/golden/README.md", "training/README.md")
 FOUND = [path for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*.md")]

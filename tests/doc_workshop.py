@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from docs.pages import ADDRESS, ROOT, Block, run_blocks
+from doc_pages import ADDRESS, ROOT, Block, run_blocks
 from serving.server import HOST, Server, running_server, tail
 
 COPIED = ("benchmarks", "engine", "examples", "scripts", "training", "vllm_redvtp")
@@ -113,7 +113,7 @@ class Workshop:
             arguments = _without(words[words.index("serve") + 1 :], "--host", "--port")
             # Pages name the model as they do in the folder of the repository.
             model, *rest = arguments
-            named = (self.folder / model, "--served-model-name", model, *rest)
+            named: tuple[str | Path, ...] = (self.folder / model, "--served-model-name", model, *rest)
             log = self.logs / f"server-{len(list(self.logs.glob('server-*')))}.log"
             with _environment_of(settings):
                 self.server = self._stack.enter_context(running_server(log, *named))
