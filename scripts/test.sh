@@ -25,7 +25,7 @@ check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "typos" typos
 check "mypy$([ -d .mypy_cache ] || echo ' (the first run takes minutes)')" mypy
-if [ $# = 0 ]; then set -- -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder; fi
+if [ $# = 0 ]; then set -- -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder; fi
 say "pytest $*"
 rm -f "$LOG"
 exec pytest "$@"

@@ -3,8 +3,8 @@
 `engine("tiny-llada-v")` gives the engine of that checkpoint, loaded once a session, in float32; further keywords
 (config_overrides, ...) make another.
 
-`pytest -m "not slow"` is the quick loop. With `-n 2 --dist loadgroup --no-loadscope-reorder` two processes share the
-tests: those that use one server, or vLLM engines in the test's process, stay together, and so does every other file.
+`pytest -m "not slow"` is the quick loop. With `-n 2 --dist loadfile --no-loadscope-reorder` two processes share the
+files of tests between them.
 """
 
 from __future__ import annotations
@@ -27,37 +27,27 @@ EngineFactory = Callable[..., LocalEngine]
 settings.register_profile("patient", deadline=None)
 settings.register_profile("quick", deadline=None, max_examples=10)
 
-# Fixtures that are too dear to be made in two processes.
-SHARED = ("_plugin_server", "_defaults_server", "llm_factory")
-
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("quick" if "not slow" in config.option.markexpr else "patient")
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("serving"):
+        item.add_marker("slow")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("serving"):
-            item.add_marker("slow")
-    if getattr(config, "workerinput", None) is None:
-        return
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    # Long groups first, so that a long one is not the last.
-    long = {_group(item) for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: _group(item) not in long)
+    """Side by side, files with long tests first, so that a long one is not the last."""
+    if getattr(config, "workerinput", None) is not None:
+        long = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_collection_finish() -> None:
     # vLLM collects garbage whenever an engine starts or ends; thousands of collected tests need not be gone through.
     gc.collect()
     gc.freeze()
-
-
-def _group(item: pytest.Item) -> str:
-    names = getattr(item, "fixturenames", ())
-    return next((name for name in SHARED if name in names), str(item.path))
 
 
 @pytest.fixture(scope="session", autouse=True)
