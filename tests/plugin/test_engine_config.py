@@ -126,6 +126,8 @@ def test_command_line_that_cannot_work_is_refused(options: list[str], sentence: 
 
 
 def test_default_outside_of_our_part_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:
+    # `redvtp generate --engine vllm`, in this process before, makes vLLM quiet.
+    caplog.set_level(logging.WARNING, logger="vllm")
     logging.getLogger("vllm").addHandler(caplog.handler)
     try:
         engine_config(MODEL, "--additional-config", '{"keep_ratio": 0.25, "cache": "dual", "ascend": {}}')
