@@ -17,6 +17,8 @@ import yaml
 
 from doc_pages import PAGES, ROOT
 
+pytestmark = pytest.mark.slow
+
 # A proxy that refuses: what would go to the network fails.
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
 

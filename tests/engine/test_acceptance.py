@@ -204,7 +204,9 @@ def _steps(local: LocalEngine, denoising: DenoisingParams, pruning: PruningParam
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "checkpoint", [CHECKPOINTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CHECKPOINTS[1:])]
+)
 def test_every_step_commits_what_the_rule_says(engine: EngineFactory, checkpoint: str, mode: str, rule: str) -> None:
     local = engine(checkpoint, num_blocks=31, max_model_len=512)
     pruning = PRUNINGS["pruned" if rule == "threshold" else "dense"]

@@ -108,7 +108,7 @@ def any_local(engine: EngineFactory, request: pytest.FixtureRequest) -> LocalEng
 
 @pytest.mark.parametrize(
     "pruning",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("compact", "several-late"))) for name in PRUNINGS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "compact")) for name in PRUNINGS],
 )
 @pytest.mark.parametrize("mode", MODES)
 def test_suspended_before_every_step(any_local: LocalEngine, mode: str, pruning: str) -> None:
@@ -129,6 +129,7 @@ def test_suspended_once_before_any_step(local: LocalEngine, mode: str) -> None:
         assert [report.new_tokens for report in again] == [report.new_tokens for report in whole], step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruning", PRUNINGS)
 @pytest.mark.parametrize("steps", [4, 9])
 @pytest.mark.parametrize("mode", ["prefix", "dual", "prefix_lm"])

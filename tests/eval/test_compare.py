@@ -16,6 +16,8 @@ from redvtp.evaluation.comparison import agreement
 from redvtp.evaluation.sheet import WIDTH, Panel, sheet
 from redvtp.params import PRESETS
 
+pytestmark = pytest.mark.slow
+
 IMAGE = Case("tiny-llada-v", "wide").image_files[0]
 ASKED = ("--image", IMAGE, "--prompt", "Which?", "--gen-length", "16", "--steps", "8", *FLAGS)
 

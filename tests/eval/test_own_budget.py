@@ -18,6 +18,8 @@ from redvtp.local import LocalEngine
 from redvtp.params import PRESETS, DenoisingParams, PruningParams
 from redvtp.pruning.resolve import policy_of
 
+pytestmark = pytest.mark.slow
+
 EngineFactory = Callable[..., LocalEngine]
 GRID = ("--policies", "zipvl,redvtp,layer-skip", "--keep", "0.5,0.25", "--cache", "none,prefix")
 

@@ -15,6 +15,8 @@ from plugin.requests import free_blocks, prompt_of, report_of, sampling_of, usab
 from redvtp.canvas.draft import draft_tokens
 from redvtp.kv.blocks import blocks_needed
 
+pytestmark = pytest.mark.slow
+
 LlmFactory = Callable[..., LLM]
 CHECKPOINTS = ("tiny-lavida", "tiny-lavida-dream")
 # In both cache modes, pruned and not, with one image of another shape each.

@@ -70,6 +70,7 @@ def test_names_that_may_be_ids_and_folders_of_any_kind_are_left_to_vllm(model: s
     assert serve_parser().parse_args(["no/such/folder"]).model_tag == "no/such/folder"
 
 
+@pytest.mark.slow
 def test_families_of_one_model_type_register_its_template_once() -> None:
     """vLLM warns where a second one replaces the first, at every start of every process."""
     script = "import vllm_redvtp; vllm_redvtp.register()"

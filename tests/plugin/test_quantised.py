@@ -17,6 +17,8 @@ from plugin.quantised import Scheme, quantise
 from plugin.requests import prompt_of, sampling_of
 from redvtp.models.dvlm import Dvlm
 
+pytestmark = pytest.mark.slow
+
 Quantised = Callable[[str, Scheme], LLM]
 SCHEMES = [Scheme(dynamic=True), Scheme(dynamic=False)]
 

@@ -93,6 +93,7 @@ def test_verbose_shows_what_the_commands_print(tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists()
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_the_seconds_count(tmp_path: Path) -> None:
     script = shutil.which("script") or pytest.skip("util-linux's script is not installed")
     command = f"bash -euc '{STAGES}stage slow sleep 2.5'"
@@ -150,6 +151,7 @@ def install_torch(folder: Path, pypi: str, cpu: str) -> tuple[str, str, float]:
     return installed.name.removeprefix("torch-").removesuffix(".dist-info"), done.stderr, seconds
 
 
+@pytest.mark.slow
 def test_the_cpu_build_is_taken_where_its_index_answers(indexes: str, tmp_path: Path) -> None:
     version, said, _ = install_torch(tmp_path, f"{indexes}/pypi", f"{indexes}/cpu")
     assert version == "2.13.0+cpu"
@@ -162,6 +164,7 @@ def test_the_cpu_build_is_taken_where_its_index_answers(indexes: str, tmp_path: 
     ]
 
 
+@pytest.mark.slow
 def test_pypi_is_taken_without_a_wait_where_it_does_not(indexes: str, tmp_path: Path) -> None:
     # A port that refuses connections, as discard does nearly everywhere.
     version, said, seconds = install_torch(tmp_path, f"{indexes}/pypi", "http://127.0.0.1:9/cpu")
@@ -171,6 +174,7 @@ def test_pypi_is_taken_without_a_wait_where_it_does_not(indexes: str, tmp_path: 
     assert seconds < 60
 
 
+@pytest.mark.slow
 def test_pypi_is_taken_where_the_index_has_the_name_but_not_the_file(indexes: str, tmp_path: Path) -> None:
     next((tmp_path / "served" / "cpu" / "torch").glob("*.whl")).unlink()
     version, said, _ = install_torch(tmp_path, f"{indexes}/pypi", f"{indexes}/cpu")
@@ -178,6 +182,7 @@ def test_pypi_is_taken_where_the_index_has_the_name_but_not_the_file(indexes: st
     assert re.search(r"torch 2\.13\.0\+cpu: failed after \d+ s", said)
 
 
+@pytest.mark.slow
 def test_an_empty_address_means_pypi(indexes: str, tmp_path: Path) -> None:
     version, said, _ = install_torch(tmp_path, f"{indexes}/pypi", "")
     assert version == "2.13.0"

@@ -19,6 +19,8 @@ from training.v2.questions import LONG, Question, questions, steps_for
 from training.v2.vocab import COLORS, DIRECTIONS, SHAPES, WORDS, encode, tokenizer
 from training.v2.world import Cell, Family, Item, Sample, Scene, base_labels, labels
 
+pytestmark = pytest.mark.slow
+
 FAMILIES: tuple[Family, ...] = ("sparse", "objects", "form", "table", "page", "signs", "pair", "clip")
 DENSE: tuple[Family, ...] = ("objects", "form", "table", "page", "signs")
 
@@ -142,7 +144,6 @@ def test_a_changing_clip_is_described_frame_by_frame() -> None:
         assert answers[f"Which color comes after {shown[0][0]}?"] == shown[1][0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_seed_gives_the_same_pictures_and_questions(family: Family) -> None:
     one, other = make(family, 2, (3, 4), "train"), make(family, 2, (3, 4), "train")
@@ -191,7 +192,6 @@ def test_long_answers_have_thirty_to_sixty_tokens() -> None:
     assert 35 <= np.median(lengths) <= 50
 
 
-@pytest.mark.slow
 def test_counts_are_spread_so_that_guessing_does_not_pay() -> None:
     counted: dict[str, Counter[str]] = {}
     for sample, question in held_out(80):
@@ -216,7 +216,6 @@ def test_every_answer_fits_its_canvas_and_is_text_the_tokenizer_gives_back() -> 
         assert sample.scenes
 
 
-@pytest.mark.slow
 def test_every_visual_token_is_always_in_the_sequence() -> None:
     """No picture loses tokens in training, in any phase."""
     for phase in PLAN:
