@@ -20,7 +20,8 @@ from vllm.sampling_params import SamplingParams
 
 from redvtp.cli.knob_flags import meaning
 from redvtp.params import PRESET_KNOBS, DenoisingParams, PruningParams
-from vllm_redvtp.knobs import DEFAULT_REPORT, KNOBS, PREFIX, build_params
+from vllm_redvtp.knob_names import KNOBS, PREFIX
+from vllm_redvtp.knobs import DEFAULT_REPORT, build_params
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "knobs.md"
 START = "<!-- written by scripts/knob_table.py -->"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,8 @@ def _one_thread() -> None:
     # A second thread is of no use to models this small; where other processes want the core, it waits for them at every
     # matrix product: three times slower on a busy machine.
     torch.set_num_threads(1)
+    # The same for commands that tests start. vLLM's workers choose for themselves.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from doc_pages import ADDRESS, ROOT, Block, run_blocks
 from serving.server import HOST, Server, running_server, tail
+from vllm_redvtp.quiet import environment
 
 COPIED = ("benchmarks", "engine", "examples", "scripts", "training", "vllm_redvtp")
 # Two minutes are what one command takes on a machine that is busy with others; the slowest starts vLLM.
@@ -96,8 +96,7 @@ class Workshop:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         copy = f"{self.folder / 'engine'}{os.pathsep}{self.folder}"
         offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "NO_PROXY": HOST, "no_proxy": HOST}
-        # Two threads that share a core with another process wait for each other: minutes instead of seconds.
-        return os.environ | offline | {"PATH": path, "PYTHONPATH": copy, "OMP_NUM_THREADS": "1"}
+        return os.environ | offline | {"PATH": path, "PYTHONPATH": copy}
 
     def _addressed(self, text: str) -> str:
         """With the port of the server that runs. The example's default is that of the page."""
@@ -115,7 +114,7 @@ class Workshop:
             model, *rest = arguments
             named: tuple[str | Path, ...] = (self.folder / model, "--served-model-name", model, *rest)
             log = self.logs / f"server-{len(list(self.logs.glob('server-*')))}.log"
-            with _environment_of(settings):
+            with environment(settings):
                 self.server = self._stack.enter_context(running_server(log, *named))
             self.serving = line
             example = self.folder / "examples" / "chat_with_image.py"
@@ -147,15 +146,3 @@ def _without(arguments: list[str], *flags: str) -> list[str]:
         else:
             kept.append(argument)
     return kept
-
-
-@contextlib.contextmanager
-def _environment_of(settings: dict[str, str]) -> Iterator[None]:
-    """These variables for what is started inside."""
-    before = dict(os.environ)
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)

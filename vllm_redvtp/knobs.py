@@ -17,9 +17,16 @@ from vllm.sampling_params import SamplingParams
 from redvtp.errors import InvalidRequest
 from redvtp.params import BOUNDED_REMASKINGS, PRESET_KNOBS, DenoisingParams, PruningParams
 from redvtp.values import check_integer, check_one_of, shown
-from vllm_redvtp.knob_names import DENOISING, FROM_SAMPLING, PRUNING, REPORT, check_default_names, knob_values
-from vllm_redvtp.knob_names import KNOBS as KNOBS
-from vllm_redvtp.knob_names import PREFIX as PREFIX
+from vllm_redvtp.knob_names import (
+    DENOISING,
+    FROM_SAMPLING,
+    KNOBS,
+    PREFIX,
+    PRUNING,
+    REPORT,
+    check_default_names,
+    knob_values,
+)
 from vllm_redvtp.server_options import OPTIONS, additional_values, option_refusals
 
 if TYPE_CHECKING:

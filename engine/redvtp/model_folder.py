@@ -17,22 +17,29 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def why_no_model(model: str) -> str | None:
     """Why `model` is no checkpoint folder, and what to do, in one sentence; None if it is one."""
+    found = reason_and_remedy(model)
+    return None if found is None else "; ".join(found)
+
+
+def reason_and_remedy(model: str) -> tuple[str, str] | None:
+    """The two halves of `why_no_model`."""
     path = Path(model)
     if (path / "config.json").is_file():
         return None
     if path.is_dir():
-        return f"{model} is not a checkpoint folder: it has no config.json; name a folder with {CONTENTS}"
+        return f"{model} is not a checkpoint folder: it has no config.json", f"name a folder with {CONTENTS}"
     if path.exists():
-        return f"{model} is not a checkpoint folder but a file; name the folder with {CONTENTS}"
+        return f"{model} is not a checkpoint folder but a file", f"name the folder with {CONTENTS}"
+    nothing_there = f"{model} is not a checkpoint folder: there is no such folder"
     if (similar := _similar(path)) is not None:
-        return f"{model} is not a checkpoint folder: there is no such folder; did you mean {similar}?"
+        return nothing_there, f"did you mean {similar}?"
     if _HUB_ID.fullmatch(model):
         return (
             f"{model} is not a checkpoint folder on this machine, and redvtp downloads nothing, while `vllm serve "
-            f"{model}` would try the Hugging Face hub; fetch it with `hf download {model} --local-dir {path.name}` and "
-            f"name the folder {path.name}"
+            f"{model}` would try the Hugging Face hub",
+            f"fetch it with `hf download {model} --local-dir {path.name}` and name the folder {path.name}",
         )
-    return f"{model} is not a checkpoint folder: there is no such folder; name one with {CONTENTS}"
+    return nothing_there, f"name one with {CONTENTS}"
 
 
 def _similar(path: Path) -> Path | None:

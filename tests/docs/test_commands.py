@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from doc_pages import PAGES, run_blocks
@@ -13,13 +11,6 @@ from doc_workshop import Workshop, serve_lines
 TYPED = [page for page in PAGES if page != "CONTRIBUTING.md" and run_blocks(page) and not serve_lines(page)]
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    made = Workshop(tmp_path_factory.mktemp("commands"))
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("page", TYPED)

@@ -11,7 +11,7 @@ import yaml
 
 import redvtp
 from doc_pages import OUTPUT, PAGES, ROOT, RUN, Block, blocks
-from vllm_redvtp.knobs import KNOBS
+from vllm_redvtp.knob_names import KNOBS
 
 # What a reader sees and does not type.
 SHOWN = ("console", "text")

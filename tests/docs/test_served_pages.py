@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 
 import pytest
 
@@ -14,13 +13,6 @@ from doc_workshop import Workshop, serve_lines
 SERVED = sorted((page for page in PAGES if serve_lines(page)), key=serve_lines)
 
 pytestmark = [pytest.mark.serving, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
-    made = Workshop(tmp_path_factory.mktemp("served"))
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize("page", SERVED)

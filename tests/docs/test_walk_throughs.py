@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -46,9 +45,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def changed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+def changed(workshop: Workshop) -> Workshop:
     """A copy with all five changes in it."""
-    workshop = Workshop(tmp_path_factory.mktemp("walk-throughs"))
     for path, text in NEW_FILE.findall((ROOT / PAGE).read_text(encoding="utf-8")):
         (workshop.folder / path).write_text(text, encoding="utf-8")
     for block in blocks(PAGE):
@@ -58,8 +56,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
                 cwd=workshop.folder, input=block.text, text=True, capture_output=True, check=False,
             )  # fmt: skip
             assert done.returncode == 0, f"{block.place}: {done.stdout}{done.stderr}"
-    yield workshop
-    workshop.close()
+    return workshop
 
 
 def snippet(beginning: str) -> Block:

@@ -32,9 +32,10 @@ def _params(runs: list[Run]) -> list[Any]:
     return [pytest.param(run, id=str(run), marks=[pytest.mark.slow] * (str(run) not in QUICK)) for run in runs]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def answer_to(llm_factory: Callable[..., LLM], request: pytest.FixtureRequest) -> AnswerTo:
-    return lambda run: _answer(run, llm_factory, selected_runs(request.session))
+    selected = selected_runs(request.session)
+    return lambda run: _answer(run, llm_factory, selected)
 
 
 def _answer(run: Run, llm_factory: Callable[..., LLM], selected: set[str]) -> tuple[RequestOutput, list[int]]:

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from redvtp.params import PRESETS, SCHEDULES
-from vllm_redvtp.knobs import KNOBS, PREFIX
+from vllm_redvtp.knob_names import KNOBS, PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ROOT / "docs" / "choosing-knobs.md"

@@ -136,9 +136,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_port() -> int:
-    """Below those the kernel deals out: it would give one of them away again before the server has bound it."""
+    """Below those the kernel deals out: it would give one of them away again before the server has bound it.
+
+    Drawn by the system: engines in this process seed `random`, and test processes side by side would draw one sequence
+    of ports. Two servers on one port share its connections.
+    """
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((HOST, port))
             return port

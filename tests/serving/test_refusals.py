@@ -16,7 +16,7 @@ from PIL import Image
 from golden_data import Case
 from serving.chat import CHECKPOINT, ask, message
 from serving.server import Server
-from vllm_redvtp.knobs import KNOBS
+from vllm_redvtp.knob_names import KNOBS
 
 pytestmark = pytest.mark.serving
 

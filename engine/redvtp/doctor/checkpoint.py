@@ -16,7 +16,7 @@ from redvtp.doctor.findings import Finding, readable
 from redvtp.families.config import DvlmConfig, read_config
 from redvtp.families.fields import read_json
 from redvtp.families.registry import family_of
-from redvtp.model_folder import why_no_model
+from redvtp.model_folder import reason_and_remedy
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import header, load_weights, weight_files
 
@@ -42,10 +42,9 @@ class Checkpoint:
 
 def examine(model: str) -> Checkpoint:
     """Looks at config, tokenizer and weights; goes on after a problem where the rest can still be judged."""
-    reason = why_no_model(model)
-    if reason is not None:
-        text, _, remedy = reason.partition("; ")
-        return Checkpoint((Finding(TOPIC, text, remedy),))
+    wrong = reason_and_remedy(model)
+    if wrong is not None:
+        return Checkpoint((Finding(TOPIC, *wrong),))
     folder = Path(model)
     remedy = f"copy config.json of the published checkpoint into {folder} again"
     try:

@@ -7,8 +7,7 @@ are estimates.
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -89,7 +88,7 @@ def needs_of(
         processes=_PROCESS_BYTES[found.device],
     )
     room = found.free - (needs.total - needs.kv_cache)
-    return _with(needs, kv_cache=max(needs.one_request, min(needs.kv_cache, room)))
+    return replace(needs, kv_cache=max(needs.one_request, min(needs.kv_cache, room)))
 
 
 def longest_that_fits(needs: Needs, free: int) -> int:
@@ -144,7 +143,3 @@ def _too_little(needs: Needs, found: Machine) -> Finding:
     if needs.dtype == "float32":
         return Finding(TOPIC, text, "use --dtype bfloat16, or a machine with more memory")
     return Finding(TOPIC, text, "use a machine with more memory, or --tensor-parallel-size on several GPUs")
-
-
-def _with(needs: Needs, **changed: Any) -> Needs:
-    return Needs(**(asdict(needs) | changed))
