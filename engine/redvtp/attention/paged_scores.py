@@ -7,7 +7,8 @@ from torch import Tensor
 
 from redvtp.attention.layout import Layout
 from redvtp.attention.paged_batch import PagedBatch
-from redvtp.kernels.score import ScoredPart, log_sum_exp, score_sums, scoring_work
+from redvtp.kernels.score import log_sum_exp, score_sums
+from redvtp.kernels.scoring_work import ScoredPart, scoring_work
 
 
 class PagedScores:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from redvtp.kernels.score import TILE_COLUMNS, TILE_ROWS
+from redvtp.kernels.scoring_work import TILE_COLUMNS, TILE_ROWS
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from redvtp.kernels import score
 from redvtp.kernels.choice import runs_kernels
-from redvtp.kernels.score import ScoredPart, ScoringWork, scoring_work
+from redvtp.kernels.scoring_work import ScoredPart, ScoringWork, scoring_work
 
 
 def _work(ragged: Ragged) -> ScoringWork:
