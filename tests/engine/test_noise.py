@@ -47,7 +47,11 @@ def test_numbers_are_what_the_definition_says(seed: int) -> None:
 def test_every_part_of_the_place_counts() -> None:
     places = torch.arange(4)
     usual = uniform(Draws(1, 2).keys(GUMBEL, places), 50)
-    for other in (Draws(2, 2).keys(GUMBEL, places), Draws(1, 3).keys(GUMBEL, places), Draws(1, 2).keys(CONFIDENCE, places)):
+    for other in (
+        Draws(2, 2).keys(GUMBEL, places),
+        Draws(1, 3).keys(GUMBEL, places),
+        Draws(1, 2).keys(CONFIDENCE, places),
+    ):
         assert not (uniform(other, 50) == usual).any()
     assert usual.unique().numel() == usual.numel()
 

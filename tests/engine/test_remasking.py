@@ -19,7 +19,9 @@ def _propose(
     vocab: int | None = None,
 ) -> Proposals:
     choices = [Choice(temperature, remasking, Draws(seed, 0)) for temperature in temperatures]
-    return propose(logits, logits.shape[1] if vocab is None else vocab, choices, [torch.arange(count) for count in rows])
+    return propose(
+        logits, logits.shape[1] if vocab is None else vocab, choices, [torch.arange(count) for count in rows]
+    )
 
 
 def test_suppressed_ids_never_win() -> None:

@@ -119,7 +119,8 @@ class Ragged:
             rows, visual = torch.arange(part.length - part.first), torch.arange(0, part.length, 2)
             layers = range(LAYERS) if index % 2 else range(1, LAYERS)
             found.append((index, AttentionScores(rows, visual, self.shape.heads, layers, averaged=index % 3 == 0)))
-        found.append((0, AttentionScores(torch.tensor([3, 1]), torch.tensor([5]), self.shape.heads, range(LAYERS))))
+        last = torch.tensor([self.parts[0].length - self.parts[0].first - 1])
+        found.append((0, AttentionScores(last, torch.tensor([5]), self.shape.heads, range(LAYERS))))
         return tuple(found)
 
     def run(self, backend: AttentionBackend, pages: PagedKVCache, *, scored: bool = False) -> Result:
@@ -135,7 +136,10 @@ class Ragged:
 
     def behind_the_last_keys(self) -> Tensor:
         """[slots] int64 that a kernel may clear: the rest of each sequence's last block."""
-        return torch.cat([own[part.length :] for own, part in zip(self.slots(), self.parts, strict=True)])
+        size = self.shape.block_size
+        ends = [len(table) * size for table in self.tables]
+        found = zip(self.slots(), self.parts, ends, strict=True)
+        return torch.cat([own[part.length : end] for own, part, end in found])
 
     def _random(self, tokens: int, heads: int) -> Tensor:
         return torch.randn(tokens, heads, self.shape.head_dim, generator=self._generator).to(self.shape.dtype)

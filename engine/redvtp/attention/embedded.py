@@ -1,6 +1,6 @@
 """Which attention the embedded engine runs on. A server's choice is `vllm_redvtp.attention.choice`.
 
-    attention = embedded_attention("auto", pages, scale)
+attention = embedded_attention("auto", pages, scale)
 """
 
 from __future__ import annotations

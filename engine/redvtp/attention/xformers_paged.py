@@ -6,14 +6,17 @@ Written for xformers 0.0.35, the last release that brings this kernel itself; la
 from __future__ import annotations
 
 import importlib.util
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from redvtp.attention.paged_batch import PagedBatch
 
 # The kernel reads tiles of so many keys, each from one page.
 BLOCK_MULTIPLE = 64
+_FIRST_WITHOUT_BLOCK_POINTERS = Version("3.9")
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_SIZES = (16, 32, 64, 128, 256, 512)
 
@@ -48,12 +51,22 @@ class XformersKernel:
         return output.reshape(rows, heads, head_dim), context.lse.reshape(heads, rows).float()
 
 
+def triton_serves() -> bool:
+    """Whether the Triton that is installed compiles the kernel."""
+    try:
+        return Version(version("triton")) < _FIRST_WITHOUT_BLOCK_POINTERS
+    except PackageNotFoundError:
+        return False
+
+
 def obstacle(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str | None:
     """Why the kernel cannot serve; None where it can."""
     if device.type != "cuda":
         return f"xformers' kernel runs on CUDA, not on {device.type}"
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed; pip install 'vllm-redvtp[xformers]'"
+    if not triton_serves():
+        return "xformers' kernel uses block pointers, which Triton 3.9 took out; it needs Triton 3.8 or older"
     if dtype not in _DTYPES:
         return f"xformers' kernel knows no {dtype}, only float16 and bfloat16"
     if head_dim not in _HEAD_SIZES:

@@ -34,9 +34,7 @@ def _work(ragged: Ragged) -> ScoringWork:
 def _lse_and_sums(ragged: Ragged, work: ScoringWork, counted: list[int], *, kernel: bool) -> tuple[Tensor, Tensor]:
     keys = ragged.pages().keys[LAYERS - 1]
     find, add = (
-        (score.log_sum_exp, score.score_sums)
-        if kernel
-        else (score.log_sum_exp_in_torch, score.score_sums_in_torch)
+        (score.log_sum_exp, score.score_sums) if kernel else (score.log_sum_exp_in_torch, score.score_sums_in_torch)
     )
     lse = find(work, ragged.query, keys, ragged.shape.scale)
     sums = torch.arange(work.cells, dtype=torch.float32)
