@@ -14,9 +14,9 @@ from torch import Tensor
 from redvtp.canvas.proposals import Choice, propose, select
 from redvtp.denoising.commit import candidate_logits
 from redvtp.denoising.sequence import Sequence
-from redvtp.noise import Draws
 from redvtp.kv.rotary import apply_rotary
 from redvtp.local import LocalEngine
+from redvtp.noise import Draws
 
 
 @dataclass

@@ -34,7 +34,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
 
 # Grouped heads and not, every size of page, heads that are no power of two.

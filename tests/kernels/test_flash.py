@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.ragged import PARTS, SHAPES, Part, Ragged, Shape, same
 from torch import Tensor
 
+from kernels.ragged import PARTS, SHAPES, Part, Ragged, Shape, same
 from redvtp.attention.paged import PagedAttention
 from redvtp.kv.pages import PagedKVCache
 from vllm_redvtp.attention.flash import FlashKernel, unsupported

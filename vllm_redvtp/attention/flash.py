@@ -94,11 +94,13 @@ def _nothing(vllm_config: VllmConfig) -> None:
 
 
 def _make(pages: KVPages, heads: int, scale: float) -> AttentionBackend:
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
+    attend = fa_utils.flash_attn_varlen_func  # type: ignore[attr-defined]  # bound on CUDA only
     version = get_flash_attn_version(head_size=pages.keys[0].shape[-1])
     assert version is not None
-    return PagedAttention(pages, scale, FlashKernel(scale, flash_attn_varlen_func, version))
+    return PagedAttention(pages, scale, FlashKernel(scale, attend, version))
 
 
 FLASH = ServerBackend("flash", "vLLM's FlashAttention on pages in place", _obstacle, _nothing, row_major_pages, _make)

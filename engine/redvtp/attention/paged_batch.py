@@ -55,7 +55,7 @@ def in_place(layout: Layout) -> list[int]:
     return [
         index
         for index, span in enumerate(layout.spans)
-        if span.kv_rows is None and 0 < span.kv_length and span.write_end <= span.kv_length
+        if span.kv_rows is None and span.kv_length > 0 and span.write_end <= span.kv_length
     ]
 
 

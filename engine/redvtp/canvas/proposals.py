@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from redvtp.noise import CONFIDENCE, GUMBEL, Draws, uniform
 from redvtp.canvas.remasking import RULES, Rule, rule_of
+from redvtp.noise import CONFIDENCE, GUMBEL, Draws, uniform
 
 # float64: two candidates that differ in the last float32 bit swap places, and with them every later step (LLaDA-V does
 # the same).
@@ -104,9 +104,9 @@ def propose_in_parts(
         logits = logits_of(part)
         for first in range(0, part.stop - start, rows_at_once):
             chunk = logits[first : first + rows_at_once]
-            own = range(start + first, start + first + chunk.shape[0])
-            tokens.append(_proposed(chunk[:, :vocab], warm.within(own)))
-            confidence.append(_confidence(chunk, tokens[-1], [choices[owners[row]].remasking for row in own]))
+            among = range(start + first, start + first + chunk.shape[0])
+            tokens.append(_proposed(chunk[:, :vocab], warm.within(among)))
+            confidence.append(_confidence(chunk, tokens[-1], [choices[owners[row]].remasking for row in among]))
     if not tokens:
         return Proposals(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=CONFIDENCE_DTYPE))
     sure = torch.cat(confidence)

@@ -12,26 +12,10 @@ from redvtp.kernels.scoring_work import TILE_COLUMNS, TILE_ROWS
 
 @triton.jit
 def _log_sum_exp_kernel(
-    query,
-    keys,
-    rows,
-    tables,
-    tiles,
-    out,
-    scale,
-    heads,
-    group,
-    head_dim,
-    block_size,
-    query_row_stride,
-    query_head_stride,
-    key_slot_stride,
-    key_head_stride,
-    table_stride,
-    TILE_R: tl.constexpr,
-    TILE_C: tl.constexpr,
+    query, keys, rows, tables, tiles, out, scale, heads, group, head_dim, block_size, query_row_stride,
+    query_head_stride, key_slot_stride, key_head_stride, table_stride, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
     TILE_D: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a tile of rows of one sequence, one head, all keys of the sequence."""
     tile = tiles + tl.program_id(0) * 4
     head = tl.program_id(1)
@@ -71,26 +55,10 @@ def _log_sum_exp_kernel(
 
 @triton.jit
 def _score_sums_kernel(
-    query,
-    keys,
-    rows,
-    slots,
-    lse,
-    tiles,
-    weights,
-    sums,
-    scale,
-    heads,
-    group,
-    head_dim,
-    query_row_stride,
-    query_head_stride,
-    key_slot_stride,
-    key_head_stride,
-    TILE_R: tl.constexpr,
-    TILE_C: tl.constexpr,
+    query, keys, rows, slots, lse, tiles, weights, sums, scale, heads, group, head_dim, query_row_stride,
+    query_head_stride, key_slot_stride, key_head_stride, TILE_R: tl.constexpr, TILE_C: tl.constexpr,
     TILE_D: tl.constexpr,
-):
+):  # fmt: skip
     """One program: a tile of rows and visual tokens of one sequence, all heads."""
     tile = tiles + tl.program_id(0) * 7
     first_row = tl.load(tile)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.ragged import LAYERS, SHAPES, Part, Ragged, Shape
 from torch import Tensor
 
+from kernels.ragged import LAYERS, SHAPES, Part, Ragged, Shape
 from redvtp.kernels.choice import runs_kernels
 from redvtp.kv.compaction import CompactionPlan, compact, compact_in_torch, joined, plan_compaction
 from redvtp.kv.pages import PagedKVCache

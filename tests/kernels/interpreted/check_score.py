@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.ragged import LAYERS, SHAPES, TOLERANCE, Ragged, Shape
 from torch import Tensor
 
+from kernels.ragged import LAYERS, SHAPES, TOLERANCE, Ragged, Shape
 from redvtp.kernels import score
 from redvtp.kernels.choice import runs_kernels
 from redvtp.kernels.scoring_work import ScoredPart, ScoringWork, scoring_work

@@ -7,9 +7,9 @@ import torch
 import triton
 import triton.language as tl
 import vllm.triton_utils
-from kernels.ragged import PARTS, SHAPES, Part, Ragged, Shape, same
 from triton.language.extra import libdevice
 
+from kernels.ragged import PARTS, SHAPES, Part, Ragged, Shape, same
 from redvtp.attention.paged import PagedAttention
 from redvtp.kv.pages import PagedKVCache
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.ragged import PARTS, Part, Ragged, Shape, same
 
+from kernels.ragged import PARTS, Part, Ragged, Shape, same
 from redvtp.attention.paged import PagedAttention
 from redvtp.attention.xformers_paged import XformersKernel
 from redvtp.kv.pages import PagedKVCache
