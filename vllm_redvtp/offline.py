@@ -66,6 +66,7 @@ def _start(options: EngineOptions, config: DvlmConfig) -> LLM:
         dtype=dtype,
         max_model_len=options.max_model_len or config.max_length,
         block_size=options.block_size,
+        additional_config={"redvtp": {"attention": options.attention}},
         max_num_seqs=1,
         disable_log_stats=True,
         use_tqdm_on_load=False,

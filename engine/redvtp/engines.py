@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from redvtp.trace import Trace
 
 ENGINES = "redvtp.engines"
-BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +30,7 @@ class EngineOptions:
     dtype: of the weights; `auto` is the checkpoint's.
     max_model_len: longest prompt and canvas together; None is what the checkpoint allows.
     block_size: tokens in a block of the KV cache; None is the engine's default.
+    attention: the attention backend by its name; `auto` is the engine's choice.
     progress: show a bar on stderr.
     """
 
@@ -38,6 +38,7 @@ class EngineOptions:
     dtype: str = "auto"
     max_model_len: int | None = None
     block_size: int | None = None
+    attention: str = "auto"
     progress: bool = False
 
 
@@ -74,7 +75,8 @@ def local_engine(options: EngineOptions, request: Request) -> Trace:
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=1,
-            block_size=options.block_size or BLOCK_SIZE,
+            block_size=options.block_size,
+            attention=options.attention,
         )
         engine.tokenize(request)
     (generation,) = engine.generate([request], progress=options.progress)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from redvtp.attention.embedded import AUTO, check_attention, embedded_attention, preferred_block_size
 from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
 from redvtp.errors import InvalidRequest, Knob
@@ -48,7 +49,8 @@ class LocalEngine:
 
     model: checkpoint folder.
     dtype: float32, bfloat16, float16 or auto (the checkpoint's).
-    block_size: tokens in a cache block.
+    block_size: tokens in a cache block; None for what suits the device's attention.
+    attention: torch, xformers (on CUDA), or auto, see `redvtp.attention.embedded`.
     num_blocks: cache blocks in all.
     max_model_len: longest prompt + canvas + suffix.
     max_num_seqs: most requests in a batch.
@@ -64,7 +66,8 @@ class LocalEngine:
         *,
         dtype: str = "auto",
         device: str | None = None,
-        block_size: int = 32,
+        block_size: int | None = None,
+        attention: str = AUTO,
         num_blocks: int | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
@@ -73,6 +76,7 @@ class LocalEngine:
     ) -> None:
         if max_num_seqs < 1:
             raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
+        check_attention(attention)
         self.config: DvlmConfig = load_config(model, config_overrides)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = _torch_dtype(self.config.torch_dtype if dtype == "auto" else dtype)
@@ -82,10 +86,11 @@ class LocalEngine:
         self.images = ImageEncoder(self.model, vision_cache_bytes)
         self.max_model_len = max_model_len or self.config.max_length
         self.max_num_seqs = max_num_seqs
-        self.cache = self._make_cache(block_size, num_blocks)
+        self.cache = self._make_cache(block_size or preferred_block_size(self.device), num_blocks)
         self.blocks = BlockPool(self.cache.num_blocks)
         self._held = HeldBlocks(self.blocks)
-        self.runner = DenoisingRunner(self.model, self.cache, self.special)
+        backend = embedded_attention(attention, self.cache, self.config.head_dim**-0.5)
+        self.runner = DenoisingRunner(self.model, self.cache, self.special, attention=backend)
 
     def generate(self, requests: list[Request], progress: bool = False) -> list[Generation]:
         """Answer every request, in order. Raises ValueError before any computing if one of them cannot be served."""

@@ -16,6 +16,7 @@ from redvtp.denoising.commit import candidate_logits
 from redvtp.denoising.sequence import Sequence
 from redvtp.kv.rotary import apply_rotary
 from redvtp.local import LocalEngine
+from redvtp.noise import Draws
 
 
 @dataclass
@@ -81,8 +82,8 @@ class SlowDecoder:
         self.just_dropped = survives is not None
         about = canvas.masked_rows(start) - (end - prompt) - int(shifted)
         logits = self.logits(hidden[(hidden.shape[0] + about).clamp(min=0)])
-        proposals = propose(logits, self.local.special.vocab, [Choice(0.0, "low_confidence", torch.Generator())],
-                            [about.numel()])  # fmt: skip
+        proposals = propose(logits, self.local.special.vocab, [Choice(0.0, "low_confidence", Draws(0, 0))],
+                            [about])  # fmt: skip
         chosen = select(proposals.confidence, canvas.tokens_to_commit())
         canvas.commit(canvas.masked_rows(start)[chosen], proposals.tokens[chosen])
         self.canvases.append(canvas.tokens.tolist())

@@ -13,6 +13,7 @@ from torch import Tensor
 from redvtp.attention import torch_paged
 from redvtp.attention.interface import layer_attention
 from redvtp.attention.layout import Layout, Span
+from redvtp.attention.paged_batch import in_place, paged_batch
 from redvtp.attention.scores import AttentionScores
 from redvtp.attention.torch_paged import TorchAttention
 from redvtp.kv.blocks import blocks_needed, padded_block_tables, slots_of_tables
@@ -125,6 +126,10 @@ def test_a_sequence_can_be_scored_in_several_ways_at_once(first: int) -> None:
 
 def test_kernels_get_lengths_as_tensors() -> None:
     layout = Setup([(20, 12, 1), (17, 0, 1), (8, 7, 2)], 1).layout([0, 1, 2])
-    assert layout.query_starts.tolist() == [0, 8, 25, 26]
-    assert layout.kv_lengths.tolist() == [20, 17, 4]
-    assert layout.block_tables.shape == (3, blocks_needed(20, BLOCK_SIZE))
+    assert in_place(layout) == [0, 1], "the third reads every second one of its slots"
+    batch = paged_batch(layout, [0, 1])
+    assert batch.rows is not None
+    assert batch.rows.tolist() == list(range(25))
+    assert batch.query_starts.tolist() == [0, 8, 25]
+    assert batch.kv_lengths.tolist() == [20, 17]
+    assert batch.block_table.tolist() == layout.block_tables[:2, : blocks_needed(20, BLOCK_SIZE)].tolist()

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from redvtp.canvas.proposals import Choice, Proposals, gumbel_perturbed, keep_best, propose, select, suppress
+from redvtp.canvas.proposals import Choice, Proposals, keep_best, propose, select, suppress
+from redvtp.noise import Draws
 
 
 def _propose(
@@ -17,8 +18,10 @@ def _propose(
     seed: int = 0,
     vocab: int | None = None,
 ) -> Proposals:
-    choices = [Choice(temperature, remasking, torch.Generator().manual_seed(seed)) for temperature in temperatures]
-    return propose(logits, logits.shape[1] if vocab is None else vocab, choices, rows)
+    choices = [Choice(temperature, remasking, Draws(seed, 0)) for temperature in temperatures]
+    return propose(
+        logits, logits.shape[1] if vocab is None else vocab, choices, [torch.arange(count) for count in rows]
+    )
 
 
 def test_suppressed_ids_never_win() -> None:
@@ -85,14 +88,6 @@ def test_each_request_draws_from_its_own_seed() -> None:
     assert together.tokens[:2].tolist() == logits[:2].argmax(-1).tolist()
 
 
-def test_gumbel_noise_samples_the_softmax() -> None:
-    """At temperature 1 the argmax of perturbed logits follows the softmax of the logits."""
-    logits = torch.tensor([2.0, 1.0, 0.0]).repeat(20000, 1)
-    drawn = gumbel_perturbed(logits, 1.0, torch.Generator().manual_seed(3)).argmax(-1)
-    shares = torch.bincount(drawn, minlength=3) / 20000
-    torch.testing.assert_close(shares, torch.tensor([2.0, 1.0, 0.0]).softmax(-1), atol=0.02, rtol=0)
-
-
 def test_selecting_more_than_there_is_takes_all() -> None:
     assert sorted(select(torch.tensor([0.1, 0.3]), 5).tolist()) == [0, 1]
 
@@ -106,10 +101,11 @@ def test_mixed_requests_get_what_each_gets_alone() -> None:
 
     def choice(index: int) -> Choice:
         remasking, temperature = asked[index]
-        return Choice(temperature, remasking, torch.Generator().manual_seed(index))
+        return Choice(temperature, remasking, Draws(index, 4))
 
-    together = propose(logits, 21, [choice(index) for index in range(len(asked))], rows)
+    places = [torch.randperm(64, generator=generator)[:count].sort().values for count in rows]
+    together = propose(logits, 21, [choice(index) for index in range(len(asked))], places)
     for index, part in enumerate(logits.split(rows)):
-        alone = propose(part, 21, [choice(index)], [rows[index]])
+        alone = propose(part, 21, [choice(index)], [places[index]])
         assert torch.equal(together.tokens.split(rows)[index], alone.tokens)
         assert torch.equal(together.confidence.split(rows)[index], alone.confidence)

@@ -18,10 +18,10 @@ SOURCES = {"redvtp": ROOT / "engine" / "redvtp", "vllm_redvtp": ROOT / "vllm_red
 # Names on one line are sisters: they do not import each other.
 ORDER = {
     "redvtp": (
-        ("presets", "errors", "reports", "clock"),
+        ("presets", "errors", "reports", "clock", "device", "noise"),
         ("values",),
         ("model_folder",),
-        ("params",),
+        ("params", "kernels"),
         ("kv", "vision"),
         ("attention", "prompt"),
         ("families",),

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 from redvtp.errors import InvalidRequest, Knob
 from redvtp.values import did_you_mean, refused
 from vllm_redvtp.attention.cpu import CPU
+from vllm_redvtp.attention.flash import FLASH
 from vllm_redvtp.attention.reference import TORCH
 from vllm_redvtp.attention.server_backend import ServerBackend
+from vllm_redvtp.attention.triton import TRITON
 from vllm_redvtp.server_options import ATTENTION, attention_option, option_refusals
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 # By name, the best first: `auto` takes the first one that nothing speaks against. torch is the last.
-BACKENDS: dict[str, ServerBackend] = {backend.name: backend for backend in (CPU, TORCH)}
+BACKENDS: dict[str, ServerBackend] = {backend.name: backend for backend in (CPU, FLASH, TRITON, TORCH)}
 
 
 @option_refusals()

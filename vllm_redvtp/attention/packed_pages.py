@@ -63,6 +63,8 @@ class PackedKVCache:
     keys, values: for each layer [num_blocks, kv_heads, block_size, head_dim] by shape only, see above.
     """
 
+    row_major = False
+
     def __init__(
         self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> None:

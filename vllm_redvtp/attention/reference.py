@@ -17,7 +17,8 @@ def _nothing(vllm_config: VllmConfig) -> None:
     return None
 
 
-def _make_pages(shape: PageShape) -> KVPages:
+def row_major_pages(shape: PageShape) -> KVPages:
+    """Pages that torch and the kernels for cards read."""
     return PagedKVCache(
         shape.num_layers,
         shape.num_blocks,
@@ -33,4 +34,4 @@ def _make(pages: KVPages, heads: int, scale: float) -> AttentionBackend:
     return TorchAttention(pages, scale)
 
 
-TORCH = ServerBackend("torch", "torch", _nothing, _nothing, _make_pages, _make)
+TORCH = ServerBackend("torch", "torch", _nothing, _nothing, row_major_pages, _make)

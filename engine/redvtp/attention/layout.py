@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from redvtp.attention.scores import AttentionScores
@@ -21,7 +20,8 @@ class Span:
     start, end: its rows in the packed tensors.
     kv_length: keys it attends to, those of its rows among them.
     reads_pages: False where its rows bring all its keys, as in a full step.
-    kv_rows: [kv_length] int64 on the device, the tokens of its pages that it reads; None for the first kv_length ones.
+    kv_rows: [kv_length] int64 on the device, the tokens of its pages that have its keys; None for the first kv_length
+        ones.
     write_end: the token behind the last one that it writes.
     """
 
@@ -60,18 +60,6 @@ class Layout:
     def counts(self) -> list[int]:
         """Rows of each sequence."""
         return [span.rows for span in self.spans]
-
-    @property
-    def query_starts(self) -> Tensor:
-        """[sequences + 1] int32, where each sequence's rows start, and where the last one's end."""
-        starts = [span.start for span in self.spans]
-        return torch.tensor([*starts, self.spans[-1].end], dtype=torch.int32, device=self.block_tables.device)
-
-    @property
-    def kv_lengths(self) -> Tensor:
-        """[sequences] int32."""
-        lengths = [span.kv_length for span in self.spans]
-        return torch.tensor(lengths, dtype=torch.int32, device=self.block_tables.device)
 
     def kv_slots(self, index: int) -> Tensor:
         """[kv_length] int64, the slots of all keys that sequence `index` attends to."""

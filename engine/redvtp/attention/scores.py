@@ -39,9 +39,10 @@ class AttentionScores:
         self.rows = rows
         self.visual = visual
         self.averaged = averaged
+        # Of a row's attention in one head of one layer.
+        self.weight = 1.0 / (heads * len(layers) * (rows.numel() if averaged else 1))
+        self.clock = clock or Clock(rows.device)
         self._layers = layers
-        self._weight = 1.0 / (heads * len(layers) * (rows.numel() if averaged else 1))
-        self._clock = clock or Clock(rows.device)
         kept_rows = 1 if averaged else rows.numel()
         self._sum = torch.zeros(kept_rows, visual.numel(), dtype=torch.float32, device=rows.device)
 
@@ -50,9 +51,21 @@ class AttentionScores:
 
         query: [tokens, heads, head_dim]; key: [tokens, kv_heads, head_dim], both of this rank, positions applied.
         """
-        if layer in self._layers:
-            with self._clock.measure("score"):
+        if self.counts(layer):
+            with self.clock.measure("score"):
                 self._accumulate(query, key, scale)
+
+    def counts(self, layer: int) -> bool:
+        return layer in self._layers
+
+    def keep_in(self, storage: Tensor) -> None:
+        """Go on summing in `storage`, a view of a buffer that a kernel adds to: zeros [rows, visual].
+
+        Where rows are averaged, it may have any number of rows; their sum counts.
+        """
+        summed = self.by_row()
+        storage[: summed.shape[0]] = summed
+        self._sum = storage
 
     def _accumulate(self, query: Tensor, key: Tensor, scale: float) -> None:
         queries = query.index_select(0, self.rows).float().transpose(0, 1)  # [heads, rows, head_dim]
@@ -69,11 +82,11 @@ class AttentionScores:
                 weights = torch.baddbmm(chunk.new_empty(()), chunk, keys, beta=0, alpha=scale).softmax(-1)
                 seen = weights.index_select(-1, self.visual).sum(0)
                 if self.averaged:
-                    self._sum.add_(seen.sum(0), alpha=self._weight)
+                    self._sum[:1].add_(seen.sum(0), alpha=self.weight)
                 else:
-                    self._sum[first : first + rows_at_once].add_(seen, alpha=self._weight)
+                    self._sum[first : first + rows_at_once].add_(seen, alpha=self.weight)
 
     def by_row(self) -> Tensor:
         """[rows, visual] float32, [1, visual] where they are averaged: this rank's share; sum it over tensor-parallel
         ranks before use."""
-        return self._sum
+        return self._sum.sum(0, keepdim=True) if self.averaged and self._sum.shape[0] > 1 else self._sum

@@ -1,19 +1,20 @@
 """What a step proposes for each masked position, and how sure it is.
 
 Logits come in parts of LOGIT_BYTES, and what is float64 is made for FLOAT64_BYTES at once, so a step's memory does not
-grow with the canvas. Noise is drawn from each request's generator row by row, whatever the parts are.
+grow with the canvas. Each row's noise is its own (`redvtp.noise`), whatever the parts and the batch are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from redvtp.canvas.remasking import RULES, Rule, rule_of
+from redvtp.noise import CONFIDENCE, GUMBEL, Draws, uniform
 
 # float64: two candidates that differ in the last float32 bit swap places, and with them every later step (LLaDA-V does
 # the same).
@@ -22,15 +23,16 @@ CONFIDENCE_DTYPE = torch.float64
 LOGIT_BYTES = 128 << 20
 # Bytes of one float64 tensor: 32 rows of that vocabulary. Drawing noise takes two, probabilities two.
 FLOAT64_BYTES = 32 << 20
+_NO_KEYS = torch.zeros(0, 2, dtype=torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """How one request chooses, see DenoisingParams. generator: draws everything that is random in it."""
+    """How one request chooses, see DenoisingParams. draws: everything that is random in it."""
 
     temperature: float
     remasking: str
-    generator: torch.Generator
+    draws: Draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,35 +65,38 @@ def keep_best(logits: Tensor, count: int | None) -> Tensor:
     return logits.masked_fill_(logits < last, float("-inf"))
 
 
-def gumbel_perturbed(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+def gumbel_perturbed(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
     """Logits [rows, vocab] with Gumbel noise, float64, on the scale exp(logits) / (-log u)^T (reference: LLaDA).
 
-    Taken in the logarithm, which orders the same and cannot overflow. The noise is drawn on the CPU, so that a seed
-    gives the same answer on every device and every tensor-parallel rank.
+    Taken in the logarithm, which orders the same and cannot overflow.
+    temperatures: [rows, 1] float64. keys: [rows, 2] int32, see `redvtp.noise.uniform`.
     """
-    noise = torch.rand(logits.shape, generator=generator, dtype=CONFIDENCE_DTYPE).clamp_min_(1e-300)
-    noise.log_().neg_().log_().mul_(temperature)
-    return logits.to(CONFIDENCE_DTYPE, copy=True).sub_(noise.to(logits.device))
+    noise = uniform(keys, logits.shape[1])
+    noise.log_().neg_().log_().mul_(temperatures)
+    return logits.to(CONFIDENCE_DTYPE, copy=True).sub_(noise)
 
 
-def propose(logits: Tensor, vocab: int, choices: list[Choice], rows: list[int]) -> Proposals:
+def propose(logits: Tensor, vocab: int, choices: list[Choice], places: list[Tensor]) -> Proposals:
     """Proposals of a batch of requests.
 
-    logits: [sum(rows), vocab or more] float32, suppressed ids at -inf; request i has rows[i] of them, in order.
+    logits: [rows, vocab or more] float32, suppressed ids at -inf.
     vocab: ids from here on are never proposed, though they take their share of every probability.
+    places: for each request the canvas positions [its rows] int64 that its rows are about, in order.
     """
-    return propose_in_parts(lambda part: logits[part], logits.shape[1], vocab, choices, rows)
+    return propose_in_parts(lambda part: logits[part], logits.shape[1], vocab, choices, places)
 
 
 def propose_in_parts(
-    logits_of: Callable[[slice], Tensor], width: int, vocab: int, choices: list[Choice], rows: list[int]
+    logits_of: Callable[[slice], Tensor], width: int, vocab: int, choices: list[Choice], places: list[Tensor]
 ) -> Proposals:
     """`propose` for logits that are computed when they are needed.
 
     logits_of: a slice of the rows -> their logits [rows, width].
     """
+    rows = [own.numel() for own in places]
     logit_rows, rows_at_once = max(1, LOGIT_BYTES // (4 * width)), max(1, FLOAT64_BYTES // (8 * width))
     owners = [index for index, count in enumerate(rows) for _ in range(count)]
+    warm = _Warm.rows_of(choices, places)
     tokens: list[Tensor] = []
     confidence: list[Tensor] = []
     for start in range(0, len(owners), logit_rows):
@@ -99,32 +104,59 @@ def propose_in_parts(
         logits = logits_of(part)
         for first in range(0, part.stop - start, rows_at_once):
             chunk = logits[first : first + rows_at_once]
-            chosen = [choices[owner] for owner in owners[start + first : start + first + chunk.shape[0]]]
-            tokens.append(_proposed(chunk[:, :vocab], chosen))
-            confidence.append(_confidence(chunk, tokens[-1], [choice.remasking for choice in chosen]))
+            among = range(start + first, start + first + chunk.shape[0])
+            tokens.append(_proposed(chunk[:, :vocab], warm.within(among)))
+            confidence.append(_confidence(chunk, tokens[-1], [choices[owners[row]].remasking for row in among]))
     if not tokens:
         return Proposals(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=CONFIDENCE_DTYPE))
     sure = torch.cat(confidence)
-    start = 0
-    for choice, count in zip(choices, rows, strict=True):
-        if RULES[choice.remasking] is None and count:
-            # After all noise of the request, so that the parts do not change what its generator gives.
-            drawn = torch.rand(count, generator=choice.generator, dtype=CONFIDENCE_DTYPE)
-            sure[start : start + count] = drawn.to(sure.device)
-        start += count
+    for start, choice, own in zip(accumulate(rows, initial=0), choices, places, strict=False):
+        if RULES[choice.remasking] is None and own.numel():
+            drawn = uniform(choice.draws.keys(CONFIDENCE, own), 1)[:, 0]
+            sure[start : start + own.numel()] = drawn.to(sure.device)
     return Proposals(torch.cat(tokens), sure)
 
 
-def _proposed(logits: Tensor, choices: list[Choice]) -> Tensor:
-    """[rows] int64, the best id of each row, after noise where its request has a temperature. choices: by row."""
+@dataclass(frozen=True, slots=True)
+class _Warm:
+    """Rows whose requests have a temperature.
+
+    rows: [warm] int64, ascending. temperatures: [warm, 1] float64. keys: [warm, 2] int32, of their noise.
+    """
+
+    rows: Tensor
+    temperatures: Tensor
+    keys: Tensor
+
+    @staticmethod
+    def rows_of(choices: list[Choice], places: list[Tensor]) -> _Warm:
+        rows, temperatures, keys = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0)], [_NO_KEYS]
+        start = 0
+        for choice, own in zip(choices, places, strict=True):
+            end = start + own.numel()
+            if choice.temperature > 0:
+                rows.append(torch.arange(start, end))
+                temperatures.append(torch.full((own.numel(),), choice.temperature, dtype=CONFIDENCE_DTYPE))
+                keys.append(choice.draws.keys(GUMBEL, own))
+            start = end
+        return _Warm(torch.cat(rows), torch.cat(temperatures).to(CONFIDENCE_DTYPE)[:, None], torch.cat(keys))
+
+    def within(self, rows: range) -> _Warm:
+        """Those of some rows, counted from the first of these."""
+        first, end = torch.searchsorted(self.rows, torch.tensor([rows.start, rows.stop])).tolist()
+        return _Warm(self.rows[first:end] - rows.start, self.temperatures[first:end], self.keys[first:end])
+
+
+def _proposed(logits: Tensor, warm: _Warm) -> Tensor:
+    """[rows] int64, the best id of each row, after noise for the rows `warm`."""
     tokens = logits.argmax(-1)
-    row = 0
-    for _, group in groupby(choices, key=id):
-        same = list(group)
-        end = row + len(same)
-        if same[0].temperature > 0:
-            tokens[row:end] = gumbel_perturbed(logits[row:end], same[0].temperature, same[0].generator).argmax(-1)
-        row = end
+    count = warm.rows.numel()
+    if count:
+        device = logits.device
+        rows = warm.rows.to(device)
+        # A slice where all are warm: no copy of the logits.
+        own = logits if count == logits.shape[0] else logits[rows]
+        tokens[rows] = gumbel_perturbed(own, warm.temperatures.to(device), warm.keys.to(device)).argmax(-1)
     return tokens
 
 

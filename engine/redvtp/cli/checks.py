@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from redvtp.engines import BLOCK_SIZE, EngineOptions
+from redvtp.engines import EngineOptions
 from redvtp.errors import BadInput, Knob, Refusal, refusing
 from redvtp.model_folder import why_no_model
 from redvtp.params import DenoisingParams
@@ -130,7 +130,9 @@ def engine_options(options: argparse.Namespace) -> EngineOptions:
     """The engine flags. Raises BadInput for one that is not a positive integer."""
     check_checkpoint(options)
     progress = sys.stderr.isatty()
-    return EngineOptions(options.model, options.dtype, options.max_model_len, options.block_size, progress)
+    return EngineOptions(
+        options.model, options.dtype, options.max_model_len, options.block_size, options.attention, progress
+    )
 
 
 def start_engine(options: argparse.Namespace, max_num_seqs: int, **more: Any) -> LocalEngine:
@@ -143,7 +145,8 @@ def start_engine(options: argparse.Namespace, max_num_seqs: int, **more: Any) ->
             dtype=options.dtype,
             max_model_len=options.max_model_len,
             max_num_seqs=max_num_seqs,
-            block_size=options.block_size or BLOCK_SIZE,
+            block_size=options.block_size,
+            attention=options.attention,
             **more,
         )
 

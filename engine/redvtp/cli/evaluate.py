@@ -28,7 +28,6 @@ from redvtp.cli.checks import (
 )
 from redvtp.cli.flags import listed, ratios
 from redvtp.cli.knob_flags import flag_of
-from redvtp.engines import BLOCK_SIZE
 from redvtp.errors import BadInput, refusing
 from redvtp.evaluation.backends import Backend, EmbeddedBackend
 from redvtp.evaluation.grid import Settings, cells
@@ -88,9 +87,11 @@ def _backend(options: argparse.Namespace) -> tuple[Callable[[], Backend], dict[s
     if options.server or is_url:
         if options.server and is_url:
             raise BadInput("two servers were given; with --server, MODEL_OR_URL is the name of the model it serves")
-        if (options.dtype, options.max_model_len, options.block_size) != ("auto", None, None):
+        own = (options.dtype, options.max_model_len, options.block_size, options.attention)
+        if own != ("auto", None, None, "auto"):
             raise BadInput(
-                "--dtype, --max-model-len and --block-size are the server's own; set them where it is started"
+                "--dtype, --max-model-len, --block-size and --attention are the server's own; set them where it is "
+                "started"
             )
         from redvtp.evaluation.server import ServerBackend
 
@@ -104,7 +105,8 @@ def _backend(options: argparse.Namespace) -> tuple[Callable[[], Backend], dict[s
         "checkpoint": checkpoint_digest(options.model),
         "dtype": options.dtype,
         "max_model_len": options.max_model_len,
-        "block_size": options.block_size or BLOCK_SIZE,
+        "block_size": options.block_size,
+        "attention": options.attention,
     }
 
 

@@ -98,6 +98,8 @@ def engine_flags(parser: argparse.ArgumentParser, choice: bool = False) -> None:
     length = "longest prompt and canvas together (default: what the checkpoint allows)"
     add("--max-model-len", type=integer, metavar="N", help=length)
     add("--block-size", type=integer, metavar="N", help="tokens in a block of the KV cache")
+    kernels = "backend of the attention: auto, torch, xformers on CUDA; what a server offers with --engine vllm"
+    add("--attention", default="auto", metavar="NAME", help=kernels)
 
 
 def task_flags(parser: argparse.ArgumentParser) -> None:

@@ -20,13 +20,16 @@ def commit(context: Context, steps: list[SequenceStep], output: ForwardOutput) -
         [logit_rows(step, span, own) for step, span, own in zip(steps, output.spans, candidates, strict=True)]
     ).to(context.device)
     sequences = [step.sequence for step in steps]
-    choices = [Choice(seq.denoising.temperature, seq.denoising.remasking, seq.generator) for seq in sequences]
+    choices = [
+        Choice(seq.denoising.temperature, seq.denoising.remasking, seq.draws(step.number))
+        for seq, step in zip(sequences, steps, strict=True)
+    ]
     proposals = propose_in_parts(
         lambda part: candidate_logits(context, output.hidden.index_select(0, rows[part])),
         _vocabulary(context),
         context.special.vocab,
         choices,
-        counts,
+        candidates,
     )
     # On the device: some ranks' collectives know no other memory.
     tokens = context.ranks.broadcast_from_rank0(proposals.tokens).cpu().split(counts)

@@ -81,9 +81,8 @@ def hidden_visual(sequence: Sequence, first: int, end: int, slots: Tensor) -> Co
     stays = rows_without_visual(sequence)[: slots.numel()].to(slots.device)
     own = stays[first:end].nonzero()[:, 0]
     positions = sequence.positions()[first:end][own]
-    seen = stays.nonzero()[:, 0] if first else None
-    length = own.numel() if seen is None else seen.numel()
-    return Continuation(own, positions, slots[first:end][own], length, bool(first), seen)
+    seen = stays.nonzero()[:, 0]
+    return Continuation(own, positions, slots[first:end][own], seen.numel(), bool(first), seen)
 
 
 def origin_exit(exit_: LayerExit | None) -> OriginExit | None:

@@ -45,7 +45,7 @@ class Pruner:
         policy, prompt = sequence.policy, sequence.prompt
         if policy is None or policy.before is None or prompt.num_visual == 0:
             return
-        importance = self._importance(sequence, None)
+        importance = self._importance(sequence, None, BEFORE_ALL_STEPS)
         kept = self.choose(sequence, policy.before, importance)
         sequence.unreported = _report(BEFORE_ALL_STEPS, None, importance, kept)
         if kept.numel() < prompt.num_visual:
@@ -72,14 +72,14 @@ class Pruner:
             decided = self._ranks.broadcast_from_rank0(torch.cat(means)).cpu()
             return dict(zip(scored, decided.split([part.numel() for part in means]), strict=True))
 
-    def _importance(self, sequence: Sequence, attention: Tensor | None) -> Tensor:
+    def _importance(self, sequence: Sequence, attention: Tensor | None, step: int) -> Tensor:
         """[visual] float32 on the CPU, from the policy's scorer. attention: what was measured, see `Evidence`."""
         policy, prompt = sequence.policy, sequence.prompt
         assert policy is not None
         features = None
         if policy.scorer.looks_at_features:
             features = prompt.embeds.index_select(0, prompt.visual_rows.to(self._device))
-        evidence = Evidence(prompt.num_visual, features, attention, policy.request_scores, sequence.generator)
+        evidence = Evidence(prompt.num_visual, features, attention, policy.request_scores, sequence.draws(step))
         if features is None:
             return policy.scorer.score(evidence)
         with self._clock.measure("score"):
@@ -109,7 +109,7 @@ class Pruner:
         """
         assert sequence.policy is not None, "only a policy drops tokens"
         before = sequence.prompt.num_visual
-        importance = self._importance(sequence, attention)
+        importance = self._importance(sequence, attention, step)
         kept = self.choose(sequence, share, importance)
         if kept.numel() < before:
             every = range(self._pages.num_layers)

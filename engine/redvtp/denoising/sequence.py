@@ -7,6 +7,7 @@ tokens and takes back those beyond the end of `block_table` after a step that pr
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from redvtp.canvas.schedule import schedule_of
 from redvtp.denoising.kept_prompt import KeptPrompt
 from redvtp.denoising.page_history import PageHistory
 from redvtp.denoising.step_plan import StepPlan
+from redvtp.noise import Draws
 from redvtp.params import DenoisingParams
 from redvtp.prompt import SpecialTokens
 from redvtp.pruning.policy import Policy
@@ -109,11 +111,7 @@ class Sequence:
             draft_ids,
             acceptance_of(denoising),
         )
-        self.generator = torch.Generator()
-        if denoising.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(denoising.seed)
+        self._seed = secrets.randbits(64) if denoising.seed is None else denoising.seed
 
     @property
     def policy(self) -> Policy | None:
@@ -143,6 +141,10 @@ class Sequence:
         """The answer: cut before the stop, the suffix appended."""
         suffix: list[int] = self.suffix_ids.tolist()
         return self.canvas.answer() + suffix
+
+    def draws(self, step: int) -> Draws:
+        """What is random in a step, -1 for before all steps."""
+        return Draws(self._seed, step)
 
     def response_ids(self) -> Tensor:
         """[canvas + suffix] int64 on the CPU."""
@@ -186,11 +188,10 @@ class Sequence:
         failed step may have written some.
         """
         state, canvas, table = dict(vars(self)), self.canvas.copy(), list(self.block_table)
-        pages, drawn = replace(self.pages, lost=True), self.generator.get_state()
+        pages = replace(self.pages, lost=True)
 
         def restore() -> None:
             vars(self).update(state)
             self.canvas, self.block_table, self.pages = canvas, table, pages
-            self.generator.set_state(drawn)
 
         return restore

@@ -16,8 +16,10 @@ class KVPages(Protocol):
     """Key and value pages of this rank, in any layout: only `write` and `read` know where a token's numbers are.
 
     keys, values: one tensor for each layer, its first dimension [num_blocks].
+    row_major: whether they are [num_blocks, block_size, kv_heads, head_dim], as most kernels read them.
     """
 
+    row_major: bool
     keys: list[Tensor]
     values: list[Tensor]
     num_blocks: int
@@ -38,6 +40,8 @@ class PagedKVCache:
 
     Triton, flash and xformers kernels read this layout in place.
     """
+
+    row_major = True
 
     def __init__(
         self,

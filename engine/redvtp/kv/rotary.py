@@ -22,11 +22,15 @@ class Rotary:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
         self._inverse_frequencies = 1.0 / theta**exponents
 
+    def inverse_frequencies(self, device: torch.device) -> Tensor:
+        """[head_dim / 2] float32: how far a channel pair turns from one position to the next."""
+        if self._inverse_frequencies.device != device:
+            self._inverse_frequencies = self._inverse_frequencies.to(device)
+        return self._inverse_frequencies
+
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [tokens, 1, head_dim] float32, of positions [tokens] (negative ones turn back)."""
-        if self._inverse_frequencies.device != positions.device:
-            self._inverse_frequencies = self._inverse_frequencies.to(positions.device)
-        half = positions.float()[:, None] * self._inverse_frequencies
+        half = positions.float()[:, None] * self.inverse_frequencies(positions.device)
         angles = torch.cat((half, half), dim=-1)[:, None]
         return angles.cos(), angles.sin()
 

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from redvtp.noise import IMPORTANCE, Draws, uniform
 from redvtp.pruning.budget import evenly_spaced, most_important
 from redvtp.pruning.importance import feature_importance
 
@@ -25,14 +26,14 @@ class Evidence:
     features: [visual, hidden], the visual tokens as the language model gets them. None where the scorer did not ask.
     attention: [visual] float32 on the CPU, mean attention of the rows that count. None where nothing was measured.
     given: the request's scores, one for each visual token it came with.
-    generator: the request's random numbers.
+    draws: what is random for the request now.
     """
 
     count: int
     features: Tensor | None = None
     attention: Tensor | None = None
     given: tuple[float, ...] = ()
-    generator: torch.Generator | None = None
+    draws: Draws | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ def _given(evidence: Evidence) -> Tensor:
 
 
 def _random(evidence: Evidence) -> Tensor:
-    return torch.rand(evidence.count, generator=evidence.generator)
+    assert evidence.draws is not None
+    return uniform(evidence.draws.keys(IMPORTANCE, torch.arange(evidence.count)), 1)[:, 0].float()
 
 
 def _equal(evidence: Evidence) -> Tensor:
