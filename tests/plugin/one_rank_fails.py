@@ -1,17 +1,16 @@
 """Two tensor-parallel ranks of which one fails alone, in a process of its own:
 
-    python -m plugin.one_rank_fails WHERE
+    python -m plugin.one_rank_fails
 
-WHERE: "after" plants an error behind the last collective of a step, "inside" one that leaves the other rank waiting in
-a collective. Prints a JSON list: finish reason, stop reason and tokens of each of two requests, and the seconds until
-the end; or how the engine ended.
+An error is planted behind the last collective of a step; then one that leaves the other rank waiting in a collective.
+Prints a line of JSON for each: finish reason, stop reason and tokens of each of two requests; or how the engine ended,
+and the seconds until then.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from typing import Any
 
@@ -23,13 +22,20 @@ from plugin.requests import step_of
 TOKENS = 16
 
 
-def main(where: str) -> None:
+def main() -> None:
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     # The scheduler in this process, so that a step is a step; the ranks have theirs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     model = str(golden_data.checkpoint_dir("tiny-llada-v"))
     llm = LLM(model, dtype="float32", tensor_parallel_size=2, disable_log_stats=True)
-    assert llm.collective_rpc(_after if where == "after" else _inside) == [0, 1]
+    for plant in (_after, _inside):
+        assert llm.collective_rpc(plant) == [0, 1]
+        print("RESULT", json.dumps(_asked(llm)), flush=True)
+    # Nothing can be ended in order any more.
+    os._exit(0)
+
+
+def _asked(llm: LLM) -> dict[str, Any]:
     for number in range(2):
         sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
         llm.llm_engine.add_request(str(number), {"prompt": "hello there"}, sampling)
@@ -39,10 +45,9 @@ def main(where: str) -> None:
         while llm.llm_engine.has_unfinished_requests():
             outputs |= {done.request_id: done.outputs[0] for done in step_of(llm) if done.finished}
     except Exception as error:
-        print("RESULT", json.dumps({"ended": type(error).__name__, "seconds": time.monotonic() - started}), flush=True)
-        os._exit(0)
+        return {"ended": type(error).__name__, "seconds": time.monotonic() - started}
     found = [[out.finish_reason, out.stop_reason, list(out.token_ids)] for _, out in sorted(outputs.items())]
-    print("RESULT", json.dumps({"answers": found}), flush=True)
+    return {"answers": found}
 
 
 def _after(worker: Any) -> int:
@@ -77,4 +82,4 @@ def _plant(worker: Any, *, first: bool) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
