@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from redvtp.canvas.remasking import RULES, Rule, rule_of
+from redvtp.device import on_device, to_device
 from redvtp.noise import CONFIDENCE, GUMBEL, Draws, uniform
 
 # float64: two candidates that differ in the last float32 bit swap places, and with them every later step (LLaDA-V does
@@ -53,7 +54,7 @@ def suppress(logits: Tensor, suppressed: tuple[int, ...]) -> Tensor:
     """Float32 logits [rows, vocab] where `suppressed` ids can never win (see `SamplerTraits.suppressed`)."""
     logits = logits.float()
     if suppressed:
-        logits[:, list(suppressed)] = float("-inf")
+        logits.index_fill_(1, on_device(suppressed, torch.int64, logits.device), float("-inf"))
     return logits
 
 
@@ -113,7 +114,7 @@ def propose_in_parts(
     for start, choice, own in zip(accumulate(rows, initial=0), choices, places, strict=False):
         if RULES[choice.remasking] is None and own.numel():
             drawn = uniform(choice.draws.keys(CONFIDENCE, own), 1)[:, 0]
-            sure[start : start + own.numel()] = drawn.to(sure.device)
+            sure[start : start + own.numel()] = to_device(drawn, sure.device)
     return Proposals(torch.cat(tokens), sure)
 
 
@@ -153,10 +154,10 @@ def _proposed(logits: Tensor, warm: _Warm) -> Tensor:
     count = warm.rows.numel()
     if count:
         device = logits.device
-        rows = warm.rows.to(device)
+        rows, temperatures, keys = (to_device(part, device) for part in (warm.rows, warm.temperatures, warm.keys))
         # A slice where all are warm: no copy of the logits.
         own = logits if count == logits.shape[0] else logits[rows]
-        tokens[rows] = gumbel_perturbed(own, warm.temperatures.to(device), warm.keys.to(device)).argmax(-1)
+        tokens[rows] = gumbel_perturbed(own, temperatures, keys).argmax(-1)
     return tokens
 
 
@@ -170,7 +171,7 @@ def _confidence(logits: Tensor, tokens: Tensor, names: list[str]) -> Tensor:
     for name, measure in rules.items():
         if len(set(names)) == 1:
             return measure(probabilities, tokens)
-        rows = torch.tensor([row for row, of in enumerate(names) if of == name]).to(logits.device)
+        rows = on_device([row for row, of in enumerate(names) if of == name], torch.int64, logits.device)
         sure[rows] = measure(probabilities[rows], tokens[rows])
     return sure
 
