@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 # Another than torch.device("cpu"), as which tensors of the host read.
 DEVICE = torch.device("cpu", 0)
-_READS_DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_READS_DEVICE = torch.Tensor.device.__get__
 
 # Of a marked tensor. Some copy it to the host, the others have to know its values to go on.
 _WAITING = {

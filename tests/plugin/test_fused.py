@@ -18,8 +18,10 @@ from redvtp.models.dvlm import Dvlm
 from redvtp.models.operations import TORCH, Operations
 from vllm_redvtp.fused import FUSED, chosen_operations
 
-# float32, whatever the order of additions.
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    """In float32, whatever the order of additions."""
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def _random(*shape: int) -> Tensor:
@@ -32,7 +34,7 @@ def _random(*shape: int) -> Tensor:
 def test_rms_norm(rows: int, hidden: int) -> None:
     numbers, weight = _random(rows, hidden) * 3, _random(hidden)
     expected = TORCH.rms_norm(numbers, weight, 1e-6)
-    torch.testing.assert_close(FUSED.rms_norm(numbers, weight, 1e-6), expected, **CLOSE)
+    _close(FUSED.rms_norm(numbers, weight, 1e-6), expected)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (8, 2, 32), (6, 1, 128)])
@@ -45,7 +47,7 @@ def test_rotary_embedding(heads: int, kv_heads: int, head_dim: int) -> None:
     expected = TORCH.rotation(cos, sin)(query, key)
     found = FUSED.rotation(cos, sin)(query.clone(), key.clone())
     for own, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, other, **CLOSE)
+        _close(own, other)
 
 
 def _logits(checkpoint: str, operations: Operations) -> Tensor:
@@ -65,7 +67,7 @@ def _logits(checkpoint: str, operations: Operations) -> Tensor:
 
 @pytest.mark.parametrize("checkpoint", ["tiny-llada-v", "tiny-lavida-dream"])
 def test_whole_language_model(checkpoint: str) -> None:
-    torch.testing.assert_close(_logits(checkpoint, FUSED), _logits(checkpoint, TORCH), atol=1e-5, rtol=1e-4)
+    _close(_logits(checkpoint, FUSED), _logits(checkpoint, TORCH))
 
 
 def test_the_model_that_a_cpu_serves_has_the_operations_of_the_reference(llm_factory: Callable[..., LLM]) -> None:
