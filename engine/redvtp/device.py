@@ -1,4 +1,8 @@
-"""Small tensors that the host makes for the device."""
+"""Small tensors on their way to the device.
+
+A plain copy to CUDA waits until the device has done all it was given; one from pinned memory does not. What a step
+sends goes through here.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,12 @@ from torch import Tensor
 
 
 def on_device(numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of `numbers` (nested lists) on the device, without waiting for what the device is doing.
+    """A tensor of `numbers` (nested lists) on the device."""
+    return to_device(torch.tensor(numbers, dtype=dtype), device)
 
-    A plain copy to CUDA waits for the stream; one from pinned memory does not.
-    """
-    made = torch.tensor(numbers, dtype=dtype)
-    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device; the same tensor where that is the host."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -37,7 +37,7 @@ ORDER = {
         ("cli",),
     ),
     "vllm_redvtp": (
-        ("engine_config", "output", "patches", "server_options"),
+        ("engine_config", "fused", "output", "patches", "server_options"),
         ("knob_names",),
         ("knobs",),
         ("planning",),

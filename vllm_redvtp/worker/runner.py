@@ -117,7 +117,7 @@ class DiffusionModelRunner:
         started = time.perf_counter()
         reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
         # Also after an engine step in which every request failed before its step.
-        clock.collect()
+        clock.collect(wait=False)
         return DenoisingOutput(
             req_ids=scheduled,
             req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
