@@ -3,8 +3,8 @@
     python -m plugin.one_rank_fails WHERE
 
 WHERE: "after" plants an error behind the last collective of a step, "inside" one that leaves the other rank waiting in
-a collective. Prints a JSON list: finish reason, stop reason and tokens of each of two requests, and the seconds until
-the end; or how the engine ended.
+a collective, "device" one of the device. Prints a JSON list: finish reason, stop reason and tokens of each of two
+requests, and the seconds until the end; or how the engine ended.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 
 import golden_data
+from devices import vllm_options
 from plugin.requests import step_of
 
 TOKENS = 16
@@ -28,8 +29,8 @@ def main(where: str) -> None:
     # The scheduler in this process, so that a step is a step; the ranks have theirs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     model = str(golden_data.checkpoint_dir("tiny-llada-v"))
-    llm = LLM(model, dtype="float32", tensor_parallel_size=2, disable_log_stats=True)
-    assert llm.collective_rpc(_after if where == "after" else _inside) == [0, 1]
+    llm = LLM(model, dtype="float32", tensor_parallel_size=2, disable_log_stats=True, **vllm_options())
+    assert llm.collective_rpc({"after": _after, "inside": _inside, "device": _device}[where]) == [0, 1]
     for number in range(2):
         sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
         llm.llm_engine.add_request(str(number), {"prompt": "hello there"}, sampling)
@@ -53,9 +54,18 @@ def _inside(worker: Any) -> int:
     return _plant(worker, first=True)
 
 
-def _plant(worker: Any, *, first: bool) -> int:
-    """In a worker: rank 1 runs out of memory in the third step, before the step or after it."""
+def _device(worker: Any) -> int:
+    return _plant(worker, first=False, of_device=True)
+
+
+def _plant(worker: Any, *, first: bool, of_device: bool = False) -> int:
+    """In a worker: rank 1 runs out of memory in the third step, before the step or after it, or its device fails."""
     import torch
+
+    def planted() -> Exception:
+        if of_device:
+            return RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED, planted on rank 1 only")
+        return torch.OutOfMemoryError("planted on rank 1 only")
 
     engine = worker.model_runner._engine
     step, calls = engine.step, 0
@@ -64,10 +74,10 @@ def _plant(worker: Any, *, first: bool) -> int:
         nonlocal calls
         calls += 1
         if calls == 3 and first:
-            raise torch.OutOfMemoryError("planted on rank 1 only")
+            raise planted()
         reports = step(batch)
         if calls == 3:
-            raise torch.OutOfMemoryError("planted on rank 1 only")
+            raise planted()
         return reports
 
     if worker.rank == 1:

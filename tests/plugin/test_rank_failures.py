@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from devices import needs_two_ranks
+
+pytestmark = needs_two_ranks
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -50,3 +53,13 @@ def test_a_rank_that_leaves_the_others_in_a_collective_ends_the_engine_with_a_se
     assert found["ended"], log[-6000:]
     assert found["seconds"] < 120
     assert "rank 1 failed alone; the other ranks wait for it in the middle of a step" in log
+
+
+@pytest.mark.slow
+def test_a_failed_device_of_another_rank_ends_the_engine() -> None:
+    """VLLM only logs what ranks behind the first raise: every later request would have failed, and none ended it."""
+    found, log = _run("device")
+    assert found["ended"], log[-6000:]
+    assert found["seconds"] < 120
+    assert "the device of tensor-parallel rank 1 failed" in log
+    assert "stepping them one by one" not in log

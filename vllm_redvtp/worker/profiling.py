@@ -22,8 +22,9 @@ from vllm_redvtp.worker.kv_cache import make_pages, token_bytes
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# A long canvas makes logits the largest tensor.
-_GEN_LENGTH = 512
+# Rows of logits. A longer canvas takes no more memory for them: a step computes them in parts
+# (`redvtp.canvas.proposals.LOGIT_BYTES`), and these rows fill one with any vocabulary of 65,536 ids or more.
+GEN_LENGTH = 512
 
 
 def held_embedding_bytes(
@@ -68,7 +69,7 @@ def profile_largest_step(
     batch: list[Sequence] = []
     first_block = 0
     for length in lengths:
-        gen_length = min(_GEN_LENGTH, length - 1)
+        gen_length = min(GEN_LENGTH, length - 1)
         prompt = length - gen_length
         blocks = blocks_needed(length, block_size)
         denoising = DenoisingParams(gen_length=gen_length, block_length=gen_length, temperature=1.0, seed=0)
