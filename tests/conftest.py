@@ -1,7 +1,7 @@
 """What every test may use, and how tests are chosen and spread.
 
 `engine("tiny-llada-v")` gives the engine of that checkpoint, loaded once a session, in float32; further keywords
-(config_overrides, ...) make another.
+(config_overrides, ...) make another. It is on the CPU, or where REDVTP_TEST_DEVICE says (`devices`).
 
 `pytest -m "not slow"` is the quick loop. With `-n 2 --dist loadfile --no-loadscope-reorder` two processes share the
 files of tests between them; files that share a server stay together.
@@ -20,6 +20,7 @@ import torch
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
 
+from devices import DEVICE
 from golden_data import checkpoint_dir
 from redvtp.local import LocalEngine
 
@@ -85,7 +86,7 @@ def engine() -> EngineFactory:
     def make(checkpoint: str, **options: Any) -> LocalEngine:
         key = json.dumps([checkpoint, options], sort_keys=True)
         if key not in made:
-            made[key] = LocalEngine(checkpoint_dir(checkpoint), **{"dtype": "float32", "device": "cpu", **options})
+            made[key] = LocalEngine(checkpoint_dir(checkpoint), **{"dtype": "float32", "device": DEVICE, **options})
         return made[key]
 
     return make

@@ -18,9 +18,9 @@ SOURCES = {"redvtp": ROOT / "engine" / "redvtp", "vllm_redvtp": ROOT / "vllm_red
 # Names on one line are sisters: they do not import each other.
 ORDER = {
     "redvtp": (
-        ("presets", "errors", "reports", "clock", "device", "noise"),
+        ("presets", "errors", "reports", "clock", "noise"),
         ("values",),
-        ("model_folder",),
+        ("model_folder", "device"),
         ("params", "kernels"),
         ("kv", "vision"),
         ("attention", "prompt"),
@@ -29,7 +29,7 @@ ORDER = {
         ("canvas", "pruning"),
         ("planning",),
         ("denoising", "request"),
-        ("local_queue",),
+        ("local_queue", "local_cache"),
         ("local",),
         ("trace",),
         ("heatmap", "engines", "doctor"),

@@ -34,7 +34,7 @@ from redvtp.denoising.pruner import Moves, Pruner
 from redvtp.denoising.ranks import ALONE, Ranks
 from redvtp.denoising.restore import note_pages, restore_pages
 from redvtp.denoising.sequence import Sequence
-from redvtp.device import to_device
+from redvtp.device import current, to_device
 from redvtp.kv.blocks import blocks_needed
 from redvtp.kv.compaction import compact_each
 from redvtp.kv.pages import KVPages
@@ -84,6 +84,10 @@ class DenoisingRunner:
     @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
         """One denoising step of every sequence. Returns a report for each, in order."""
+        with current(self.context.device):
+            return self._step(batch)
+
+    def _step(self, batch: list[Sequence]) -> list[StepReport]:
         steps = self.begin(batch)
         restore_pages(self.context, steps)
         encode_prompts(self.context, steps)
