@@ -3,8 +3,8 @@
     python -m plugin.one_rank_fails WHERE...
 
 WHERE: "after" plants an error behind the last collective of a step, "inside" one that leaves the other rank waiting in
-a collective, "device" one of the device. All are tried in turn; the last two end the engine. Prints a line of JSON for
-each: finish reason, stop reason and tokens of each of two requests; or how the engine ended, and the seconds until then.
+a collective, "device" one of the device; the last two end the engine. Prints a line of JSON for each: finish reason,
+stop reason and tokens of each of two requests; or how the engine ended, and the seconds until then.
 """
 
 from __future__ import annotations
