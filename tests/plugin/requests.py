@@ -27,11 +27,13 @@ def knobs_of(run: Run) -> dict[str, Any]:
     return {f"redvtp_{name}": value for name, value in golden_runs.knobs(run).items() if name != "gen_length"}
 
 
-def sampling_of(run: Run, **knobs: Any) -> SamplingParams:
+def sampling_of(run: Run, temperature: float = 0.0, **knobs: Any) -> SamplingParams:
+    """Seed 11, where there is a temperature."""
     # The reference ends at the stop strings it is given and at nothing else.
     return SamplingParams(
         max_tokens=golden_runs.knobs(run)["gen_length"],
-        temperature=0.0,
+        temperature=temperature,
+        seed=11 if temperature else None,
         ignore_eos=True,
         stop=run.params.get("stopping_criteria"),
         extra_args={**knobs_of(run), **knobs},

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
 
 
 def _rounds(checkpoint: str) -> dict[str, dict[str, Any]]:
-    rounds = {"undisturbed": _round(), "preempted": _round(preempt=3)}
+    rounds = {"undisturbed": _round(), "preempted": _round(preempt=3), "drawn": _round(preempt=3, temperature=0.8)}
     if checkpoint == "tiny-lavida-dream":
         rounds |= {policy["pruning"]: _round(preempt=3, keep_ratio=0.25, **policy) for policy in POLICIES}
     if checkpoint in DISTURBED:
@@ -75,6 +76,20 @@ def _rounds(checkpoint: str) -> dict[str, dict[str, Any]]:
 def test_two_ranks_give_the_references_tokens(checkpoint: str, answers: Answers) -> None:
     expected = {name: run.output for name, run in _runs(checkpoint).items()}
     assert answers(checkpoint)["undisturbed"] == answers(checkpoint)["preempted"] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", RUNS)
+def test_what_is_drawn_is_what_one_engine_draws_alone(engine: EngineFactory, checkpoint: str, answers: Answers) -> None:
+    """In a batch, over two ranks, preempted on the way."""
+    local = engine(checkpoint)
+    expected = {}
+    for name, run in _runs(checkpoint).items():
+        denoising = replace(golden_runs.denoising_of(run), temperature=0.8, seed=11)
+        request = Request(run.case.prompt, tuple(run.case.images()), denoising, golden_runs.pruning_of(run))
+        expected[name] = local.generate([request])[0].output_ids
+    assert expected != {name: run.output for name, run in _runs(checkpoint).items()}
+    assert answers(checkpoint)["drawn"] == expected
 
 
 @pytest.mark.slow
@@ -100,8 +115,8 @@ def test_ranks_drop_the_same_tokens(engine: EngineFactory, answers: Answers) -> 
         assert answers("tiny-lavida-dream")[policy[preset]] == expected, policy
 
 
-def _round(preempt: int = 0, disturb: bool = False, **knobs: Any) -> dict[str, Any]:
-    return {"preempt": preempt, "disturb": disturb, "knobs": knobs}
+def _round(preempt: int = 0, disturb: bool = False, temperature: float = 0.0, **knobs: Any) -> dict[str, Any]:
+    return {"preempt": preempt, "disturb": disturb, "temperature": temperature, "knobs": knobs}
 
 
 def _runs(checkpoint: str) -> dict[str, golden_data.Run]:

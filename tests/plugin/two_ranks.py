@@ -2,9 +2,9 @@
 
     python -m plugin.two_ranks answers.json ROUNDS RUN...
 
-ROUNDS: a JSON list; in each round all runs are asked together, with `knobs` beside their own, and all are preempted
-after every `preempt` engine steps if that is not 0. From a round with `disturb` on, the second rank's head is another
-one, so that by itself it would decide differently. The answers are a list too, by run.
+ROUNDS: a JSON list; in each round all runs are asked together, with `knobs` beside their own and a `temperature`, and
+all are preempted after every `preempt` engine steps if that is not 0. From a round with `disturb` on, the second rank's
+head is another one, so that by itself it would decide differently. The answers are a list too, by run.
 
 vLLM's parallel groups are globals of a process, and an engine that ends takes those of the other engines with it.
 """
@@ -37,13 +37,13 @@ def main(output: str, rounds: str, *names: str) -> None:
 
 
 def _round(
-    llm: LLM, runs: list[golden_data.Run], preempt: int, disturb: bool, knobs: dict[str, Any]
+    llm: LLM, runs: list[golden_data.Run], preempt: int, disturb: bool, temperature: float, knobs: dict[str, Any]
 ) -> dict[str, list[int]]:
     if disturb:
         assert llm.collective_rpc(_disturb) == [0, 1]
     asked = {f"redvtp_{name}": value for name, value in knobs.items()}
     for run in runs:
-        llm.llm_engine.add_request(str(run), prompt_of(run.case), sampling_of(run, **asked))
+        llm.llm_engine.add_request(str(run), prompt_of(run.case), sampling_of(run, temperature, **asked))
     outputs: dict[str, Any] = {}
     steps = 0
     while llm.llm_engine.has_unfinished_requests():
