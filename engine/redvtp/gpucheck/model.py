@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from redvtp.denoising.sequence import Sequence
-from redvtp.families.config import read_config
+from redvtp.families.config import DvlmConfig, read_config
 from redvtp.kv.blocks import blocks_needed
 from redvtp.models.dvlm import Dvlm
 from redvtp.params import DenoisingParams, PruningParams
@@ -71,9 +71,8 @@ class RandomModel:
 
 def random_model(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> RandomModel:
     """The same weights at every call on one kind of device."""
-    config = read_config(_config(sizes), Path())
     with torch.device("meta"):
-        model = Dvlm(config)
+        model = Dvlm(config_of(sizes))
     language_model = model.language_model.to(dtype).to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, weight in language_model.named_parameters():
@@ -95,8 +94,8 @@ def block_tables(tokens: list[int], block_size: int) -> tuple[int, list[list[int
     return sum(needed), [table.tolist() for table in shuffled]
 
 
-def _config(sizes: Sizes) -> dict[str, Any]:
-    return {
+def config_of(sizes: Sizes) -> DvlmConfig:
+    raw: dict[str, Any] = {
         "architectures": ["LlavaLLaDAModelLM"],
         "model_type": "llava_llada",
         "hidden_size": sizes.hidden,
@@ -116,3 +115,4 @@ def _config(sizes: Sizes) -> dict[str, Any]:
         "mm_patch_merge_type": "spatial_unpad",
         "mm_projector_type": "mlp2x_gelu",
     }
+    return read_config(raw, Path())

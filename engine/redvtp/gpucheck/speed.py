@@ -23,8 +23,8 @@ from redvtp.kv.pages import PagedKVCache
 from redvtp.reports import StepReport
 
 PART = "speed"
-# Requests of a setting after the one that warms up, and the steps of each behind the first one.
-_REQUESTS = 3
+# Rounds of a setting after the one that warms up, by its batch, and the steps of each behind the first one.
+_ROUNDS = {1: 3, 4: 2, 16: 1}
 _RESPONSE_STEPS, _FULL_STEPS = 10, 3
 # A guess, before a setting runs, of what share of the matrix rate a full step reaches.
 _GUESSED_SHARE = 0.35
@@ -100,7 +100,7 @@ def _obstacle(machine: Machine, report: Report, budget: Budget, made: RandomMode
         return f"needs about {needed / 2**30:.1f} GiB beside the weights, {free / 2**30:.1f} GiB are free"
     first = step_cost(config, size, [Work(tokens, tokens, made.sizes.gen_length)] * setting.batch)
     seconds = first.flop / (_GUESSED_SHARE * report.rates[MATRIX])
-    # Two requests are the least: one warms up.
+    # Two rounds are the least: one warms up.
     if not budget.allows(2 * (1 + _FULL_STEPS * (setting.cache == "none")) * seconds):
         return "no time left for it"
     return None
@@ -141,7 +141,7 @@ def _cell(report: Report, setting: Setting, sample: _Sample, ms: float, count: i
 
 
 def _samples(machine: Machine, report: Report, budget: Budget, made: RandomModel, setting: Setting) -> list[_Sample]:
-    """Of a few requests, all but the first."""
+    """Of a few rounds, all but the first."""
     config, sizes, block_size = made.model.config, made.sizes, preferred_block_size(machine.device)
     blocks, tables = block_tables([sizes.tokens] * setting.batch, block_size)
     pages = PagedKVCache(
@@ -157,7 +157,7 @@ def _samples(machine: Machine, report: Report, budget: Budget, made: RandomModel
     attention = backend.make(pages, config.num_attention_heads, config.head_dim**-0.5)
     runner = DenoisingRunner(made.model, pages, made.special, attention=attention)
     samples: list[_Sample] = []
-    for number in range(1 + (1 if machine.small else _REQUESTS)):
+    for number in range(1 + (1 if machine.small else _ROUNDS[setting.batch])):
         if number > 1 and not budget.allows():
             break
         sequences = [
