@@ -40,7 +40,10 @@ def main() -> int:
                 model_dir = arguments.model_dir or Path(getattr(served, "root", served.id))
                 draw(arguments.heatmap, arguments.image, model_dir, report)
     except openai.APIConnectionError as error:
-        return fail(f"no answer from {arguments.base_url} ({error}); start a server: vllm serve MODEL --plugin redvtp")
+        return fail(
+            f"no answer from {arguments.base_url} ({error}); start a server (vllm serve MODEL --plugin "
+            "redvtp) or name its address with --base-url"
+        )
     except openai.APIStatusError as error:
         body = error.body if isinstance(error.body, dict) else {}
         return fail(f"the server refused (HTTP {error.status_code}): {body.get('message', error)}")
@@ -69,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     pruning.add_argument(
         "--pruning", metavar="POLICY", help="redvtp, late, none, ... (default: what the server was started with)"
     )
-    pruning.add_argument("--keep-ratio", type=float, help="share of visual tokens kept (default: the server's, or 0.5)")
+    pruning.add_argument("--keep-ratio", type=float, help="share of visual tokens kept (default: the server's)")
     pruning.add_argument(
         "--knob",
         type=knob,

@@ -40,10 +40,12 @@ def main() -> int:
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(arguments.model), dtype=arguments.dtype, disable_log_stats=True)
+    # What is not asked for is the plugin's default.
+    keep = {} if arguments.keep_ratio is None else {"redvtp_keep_ratio": arguments.keep_ratio}
     sampling = SamplingParams(
         max_tokens=arguments.gen_length,
         temperature=0.0,
-        extra_args={"redvtp_keep_ratio": arguments.keep_ratio, "redvtp_cache": arguments.cache},
+        extra_args={"redvtp_cache": arguments.cache} | keep,
     )
     failed = 0
     try:
@@ -69,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", default="Describe the image.", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("answers.jsonl"), help="default: %(default)s")
     parser.add_argument("--gen-length", type=int, default=64, help="canvas length in tokens (default: %(default)s)")
-    parser.add_argument("--keep-ratio", type=float, default=0.5, help="visual tokens kept (default: %(default)s)")
+    parser.add_argument("--keep-ratio", type=float, help="share of visual tokens kept (default: the plugin's)")
     parser.add_argument("--cache", choices=("none", "prefix", "dual"), default="none", help="default: %(default)s")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
     parser.add_argument("--in-flight", type=int, default=64, help="requests in vLLM at once (default: %(default)s)")
@@ -80,7 +82,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--in-flight must be at least 1, got {arguments.in_flight}")
     try:
         DenoisingParams(gen_length=arguments.gen_length)
-        PruningParams(keep_ratio=arguments.keep_ratio)
+        if arguments.keep_ratio is not None:
+            PruningParams(keep_ratio=arguments.keep_ratio)
     except ValueError as error:
         parser.error(str(error))
     return arguments

@@ -111,11 +111,13 @@ def main() -> int:
     now = DOCUMENT.read_text(encoding="utf-8")
     wanted = rewritten(now)
     if now == wanted:
+        print(f"{DOCUMENT.name}: unchanged")
         return 0
     if check:
         print(f"{DOCUMENT} is stale; run python scripts/knob_table.py", file=sys.stderr)
         return 1
     DOCUMENT.write_text(wanted, encoding="utf-8")
+    print(f"{DOCUMENT.name}: rewritten")
     return 0
 
 

@@ -1,10 +1,10 @@
 """What every test may use, and how tests are chosen and spread.
 
 `engine("tiny-llada-v")` gives the engine of that checkpoint, loaded once a session, in float32; further keywords
-(config_overrides, ...) make another.
+(config_overrides, ...) make another. It is on the CPU, or where REDVTP_TEST_DEVICE says (`devices`).
 
 `pytest -m "not slow"` is the quick loop. With `-n 2 --dist loadfile --no-loadscope-reorder` two processes share the
-files of tests between them.
+files of tests between them; files that share a server stay together.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
+from devices import DEVICE
 from golden_data import checkpoint_dir
 from redvtp.local import LocalEngine
+
+# Files of tests/serving that start servers of their own; the others use those of its conftest.
+OWN_SERVERS = ("test_lavida.py", "test_parallel.py", "test_startup.py", "test_tiny_dvlm.py")
 
 EngineFactory = Callable[..., LocalEngine]
 
@@ -31,6 +36,19 @@ settings.register_profile("quick", deadline=None, max_examples=10)
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("quick" if "not slow" in config.option.markexpr else "patient")
+
+
+class _ByServer(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
+    """A file goes to one process, and so do all files that share a server: it would be started in each."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        shares = file.startswith("tests/serving/") and not file.endswith(OWN_SERVERS)
+        return "tests/serving" if shares else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByServer | None:
+    return _ByServer(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -68,7 +86,7 @@ def engine() -> EngineFactory:
     def make(checkpoint: str, **options: Any) -> LocalEngine:
         key = json.dumps([checkpoint, options], sort_keys=True)
         if key not in made:
-            made[key] = LocalEngine(checkpoint_dir(checkpoint), **{"dtype": "float32", "device": "cpu", **options})
+            made[key] = LocalEngine(checkpoint_dir(checkpoint), **{"dtype": "float32", "device": DEVICE, **options})
         return made[key]
 
     return make

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.redvtp.hook")
 
-# A multiple of 16 as paged attention kernels want it; small enough that a pruning frees blocks.
+# Small enough that a pruning frees blocks.
 BLOCK_SIZE = 32
+# What all paged attention kernels of graphics cards want a block to be a multiple of.
+CARD_BLOCK_MULTIPLE = 16
 # KV cache on a CPU when the user names no size: so many longest requests, within so many bytes, but always one.
 CPU_KV_CACHE_REQUESTS = 8
 CPU_KV_CACHE_BYTES = 4 << 30
@@ -125,7 +127,6 @@ def _refuse_unsupported_features(vllm_config: VllmConfig) -> None:
         "KV connectors (--kv-transfer-config)": vllm_config.kv_transfer_config is not None,
         "encoder connectors (--ec-transfer-config)": vllm_config.ec_transfer_config is not None,
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
-        "a quantised KV cache (--kv-cache-dtype)": vllm_config.cache_config.cache_dtype != "auto",
     }
     config = engine_config(vllm_config.model_config)
     for feature, is_used in used.items():
@@ -133,9 +134,33 @@ def _refuse_unsupported_features(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f"not supported for diffusion decoding of {config.family.name}: {feature}; start the server without it"
             )
+    _refuse_cache_dtype(vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype)
     ranks = parallel.tensor_parallel_size
     if config.num_key_value_heads % ranks:
         raise ValueError(f"--tensor-parallel-size {ranks} does not divide the {config.num_key_value_heads} KV heads")
+
+
+def _refuse_cache_dtype(cache_dtype: str, dtype: Any) -> None:
+    """Raises ValueError unless keys and values are of the weights' type, `auto` or by its name."""
+    type_name = str(dtype).removeprefix("torch.")
+    if cache_dtype not in ("auto", type_name):
+        kind = "another type than the weights'" if cache_dtype in ("float16", "bfloat16") else "a quantised KV cache"
+        raise ValueError(
+            f"--kv-cache-dtype {cache_dtype}: {kind} is not supported for diffusion decoding; keys and values are "
+            f"{type_name} as the weights are; leave it out"
+        )
+
+
+def refuse_card_block_size(block_size: int) -> None:
+    """Raises ValueError for a block size that attention on a graphics card cannot have.
+
+    vLLM would refuse it after the weights are loaded, with "No valid attention backend" and a list of all its own.
+    """
+    if block_size % CARD_BLOCK_MULTIPLE:
+        raise ValueError(
+            f"--block-size must be a multiple of {CARD_BLOCK_MULTIPLE} on a graphics card, got {block_size}; leave it "
+            f"out for {BLOCK_SIZE}"
+        )
 
 
 def _use_our_parts(vllm_config: VllmConfig) -> None:
@@ -188,6 +213,7 @@ def _size_kv_cache(vllm_config: VllmConfig) -> None:
         # Otherwise the CPU platform replaces it with its own default afterwards.
         cache.user_specified_block_size = True
     if not current_platform.is_cpu():
+        refuse_card_block_size(cache.block_size)
         return
     if cache.kv_cache_memory_bytes is None and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         # vLLM's default, 92 % of the machine's memory, refuses to start wherever something else runs.

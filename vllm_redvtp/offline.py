@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from tqdm import tqdm
 
 from redvtp.engines import EngineOptions
-from redvtp.errors import BadInput, InvalidRequest, refusing
+from redvtp.errors import BadInput, InvalidRequest, Knob, refusing
 from redvtp.families.config import DvlmConfig, load_config
 from redvtp.models.loading import check_weight_files
 from redvtp.request import Request
@@ -54,9 +54,11 @@ def vllm_engine(options: EngineOptions, request: Request) -> Trace:
 
 def _start(options: EngineOptions, config: DvlmConfig) -> LLM:
     from vllm import LLM
+    from vllm.platforms import current_platform
 
     from vllm_redvtp import register
 
+    refuse_device(options.device, current_platform.device_type)
     # If VLLM_PLUGINS names other plugins, vLLM does not load this one.
     register()
     # "auto" is the checkpoint's type for `redvtp`; vLLM takes bfloat16 instead of float32.
@@ -66,11 +68,24 @@ def _start(options: EngineOptions, config: DvlmConfig) -> LLM:
         dtype=dtype,
         max_model_len=options.max_model_len or config.max_length,
         block_size=options.block_size,
+        kv_cache_memory_bytes=options.kv_cache_memory_bytes,
         additional_config={"redvtp": {"attention": options.attention}},
         max_num_seqs=1,
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )
+
+
+def refuse_device(name: str | None, here: str) -> None:
+    """Raises BadInput for a device that vLLM would not take. here: the kind it is built for, "cpu" or "cuda"."""
+    if name in (None, here, f"{here}:0"):
+        return
+    if name.startswith(f"{here}:"):
+        index = name.partition(":")[2]
+        end = f"takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES={index} instead"
+    else:
+        end = f"is built for {here} here; leave it out, or use --engine local"
+    raise BadInput(Knob("device"), f" {name} cannot be used: vLLM {end}")
 
 
 def _enqueue(llm: LLM, request: Request) -> None:

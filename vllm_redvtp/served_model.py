@@ -22,6 +22,7 @@ from redvtp.models.loading import load_weights
 from redvtp.prompt import IMAGE_MARK
 from vllm_redvtp.engine_config import engine_config
 from vllm_redvtp.frontend.processing import DvlmDummyInputs, DvlmProcessingInfo, DvlmProcessor
+from vllm_redvtp.fused import chosen_operations
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,7 +39,7 @@ class ServedDvlm(Dvlm, SupportsMultiModal):
         return IMAGE_MARK
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(engine_config(vllm_config.model_config))
+        super().__init__(engine_config(vllm_config.model_config), chosen_operations())
         if get_tensor_model_parallel_world_size() > 1 or vllm_config.quant_config is not None:
             self._swap_linears(vllm_config.quant_config)
 

@@ -3,8 +3,8 @@
     with clock.measure("score"):
         ...
 
-On CUDA the time is the device's own, between two events on its stream; nothing waits until `collect`, which the runner
-calls after a step, when its results have been read anyway.
+On CUDA the time is the device's own, between two events on its stream. The runner collects after each step what the
+device has done by then, without waiting: what a step ends with may be counted with the next one.
 """
 
 from __future__ import annotations
@@ -45,9 +45,13 @@ class Clock:
             finally:
                 self.seconds[label] += time.perf_counter() - started
 
-    def collect(self) -> None:
-        """Bring `seconds` up to date; waits for what was measured and nothing else."""
-        for label, begin, end in self._pending:
-            end.synchronize()
+    def collect(self, wait: bool = True) -> None:
+        """Bring `seconds` up to date. wait: for what the device has not done yet; otherwise it is left for later."""
+        while self._pending:
+            label, begin, end = self._pending[0]
+            if wait:
+                end.synchronize()
+            elif not end.query():
+                return
             self.seconds[label] += begin.elapsed_time(end) / 1e3
-        self._pending.clear()
+            del self._pending[0]

@@ -31,6 +31,8 @@ class EngineOptions:
     max_model_len: longest prompt and canvas together; None is what the checkpoint allows.
     block_size: tokens in a block of the KV cache; None is the engine's default.
     attention: the attention backend by its name; `auto` is the engine's choice.
+    device: cpu, cuda or cuda:N; None is the engine's choice.
+    kv_cache_memory_bytes: memory for the KV cache; None is the engine's default.
     progress: show a bar on stderr.
     """
 
@@ -39,6 +41,8 @@ class EngineOptions:
     max_model_len: int | None = None
     block_size: int | None = None
     attention: str = "auto"
+    device: str | None = None
+    kv_cache_memory_bytes: int | None = None
     progress: bool = False
 
 
@@ -77,6 +81,8 @@ def local_engine(options: EngineOptions, request: Request) -> Trace:
             max_num_seqs=1,
             block_size=options.block_size,
             attention=options.attention,
+            device=options.device,
+            kv_cache_memory_bytes=options.kv_cache_memory_bytes,
         )
         engine.tokenize(request)
     (generation,) = engine.generate([request], progress=options.progress)

@@ -25,10 +25,11 @@ from tqdm import tqdm
 from redvtp.attention.embedded import AUTO, check_attention, embedded_attention, preferred_block_size
 from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
+from redvtp.device import configure_torch, named_device
 from redvtp.errors import InvalidRequest, Knob
 from redvtp.families.config import DvlmConfig, load_config
-from redvtp.kv.blocks import BlockPool, blocks_needed, kv_token_bytes
-from redvtp.kv.pages import PagedKVCache
+from redvtp.kv.blocks import BlockPool, blocks_needed
+from redvtp.local_cache import embedded_cache
 from redvtp.local_queue import HeldBlocks, Running, Waiting
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.loading import checkpoint_weights, load_weights
@@ -39,9 +40,6 @@ from redvtp.request import Generation as Generation
 from redvtp.request import Request as Request
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Without num_blocks the cache holds max_num_seqs long sequences, but no more than this unless one sequence alone
-# needs it.
-CACHE_BYTES = 4 << 30
 
 
 class LocalEngine:
@@ -49,15 +47,17 @@ class LocalEngine:
 
     model: checkpoint folder.
     dtype: float32, bfloat16, float16 or auto (the checkpoint's).
+    device: cpu, cuda or cuda:N; None for a GPU if there is one.
     block_size: tokens in a cache block; None for what suits the device's attention.
     attention: torch, xformers (on CUDA), or auto, see `redvtp.attention.embedded`.
-    num_blocks: cache blocks in all.
+    num_blocks: cache blocks in all. kv_cache_memory_bytes: as many blocks as fit in so much memory. With neither of
+    them the cache holds max_num_seqs of the longest requests, within 4 GiB.
     max_model_len: longest prompt + canvas + suffix.
     max_num_seqs: most requests in a batch.
     vision_cache_bytes: visual tokens remembered for images that come again, 0 for none.
     config_overrides: config.json keys to replace, such as {"image_aspect_ratio": "pad"}.
 
-    Raises ValueError for a checkpoint that is incomplete or of another architecture.
+    Raises ValueError for a checkpoint that is incomplete or of another architecture, and for a device that is missing.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class LocalEngine:
         block_size: int | None = None,
         attention: str = AUTO,
         num_blocks: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 8,
         vision_cache_bytes: int = DEFAULT_CACHE_BYTES,
@@ -78,7 +79,8 @@ class LocalEngine:
             raise ValueError(f"max_num_seqs must be at least 1, got {max_num_seqs}")
         check_attention(attention)
         self.config: DvlmConfig = load_config(model, config_overrides)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = named_device(device)
+        configure_torch(exact_products=True)
         self.dtype = _torch_dtype(self.config.torch_dtype if dtype == "auto" else dtype)
         self.tokenizer = self.config.family.load_tokenizer(model)
         self.special = self.config.special_tokens(self.tokenizer)
@@ -86,7 +88,11 @@ class LocalEngine:
         self.images = ImageEncoder(self.model, vision_cache_bytes)
         self.max_model_len = max_model_len or self.config.max_length
         self.max_num_seqs = max_num_seqs
-        self.cache = self._make_cache(block_size or preferred_block_size(self.device), num_blocks)
+        if block_size is None:
+            block_size = preferred_block_size(self.device)
+        longest = (self.max_model_len, max_num_seqs)
+        sizes = (block_size, longest, num_blocks, kv_cache_memory_bytes)
+        self.cache = embedded_cache(self.config, self.dtype, self.device, *sizes)
         self.blocks = BlockPool(self.cache.num_blocks)
         self._held = HeldBlocks(self.blocks)
         backend = embedded_attention(attention, self.cache, self.config.head_dim**-0.5)
@@ -139,7 +145,9 @@ class LocalEngine:
                 "prompt plus ",
                 Knob("gen_length"),
                 f" needs {plan.kv_tokens:,} tokens of KV cache, which has "
-                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks",
+                f"{self.cache.num_blocks * self.cache.block_size:,}; give the engine more blocks (",
+                Knob("kv_cache_memory_bytes"),
+                ")",
             )
         return prompt, plan
 
@@ -253,26 +261,6 @@ class LocalEngine:
         generation.text = str(self.tokenizer.decode(generation.output_ids, skip_special_tokens=True))
         generation.finish_reason = entry.sequence.finish_reason or ""
         generation.seconds = time.perf_counter() - entry.admitted
-
-    def _make_cache(self, block_size: int, num_blocks: int | None) -> PagedKVCache:
-        config = self.config
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
-        if num_blocks is None:
-            one = blocks_needed(self.max_model_len, block_size)
-            token_bytes = kv_token_bytes(
-                config.num_hidden_layers, config.num_key_value_heads, config.head_dim, self.dtype.itemsize
-            )
-            num_blocks = max(one, min(one * self.max_num_seqs, CACHE_BYTES // (token_bytes * block_size)))
-        return PagedKVCache(
-            config.num_hidden_layers,
-            num_blocks,
-            block_size,
-            config.num_key_value_heads,
-            config.head_dim,
-            self.dtype,
-            self.device,
-        )
 
 
 def _torch_dtype(name: str) -> torch.dtype:

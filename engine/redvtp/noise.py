@@ -9,6 +9,7 @@ numbers only: every device has the same bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,30 +47,42 @@ def uniform(keys: Tensor, count: int) -> Tensor:
 
     32 bits each: a tail of less than 2^-33 is never drawn.
     """
-    numbers = torch.arange(count, dtype=torch.int32, device=keys.device).mul_(_INCREMENT)
-    bits = numbers + keys[:, :1]
-    _mix32(bits)
+    bits = _counters(count, keys.device) + keys[:, :1]
+    # One more tensor for all rounds: a new one for each costs more than the arithmetic.
+    spare = torch.empty_like(bits)
+    _mix32(bits, spare)
     bits += keys[:, 1:]
-    _mix32(bits)
+    _mix32(bits, spare)
     return bits.to(torch.float64).add_(2.0**31 + 0.5).mul_(2.0**-32)
 
 
-def _mix32(bits: Tensor) -> None:
+@lru_cache(maxsize=4)
+def _counters(count: int, device: torch.device) -> Tensor:
+    """[count] int32. The vocabularies of a process are few."""
+    return torch.arange(count, dtype=torch.int32, device=device).mul_(_INCREMENT)
+
+
+def _mix32(bits: Tensor, spare: Tensor) -> None:
     for shift, factor in _MIX32:
-        bits ^= _shifted(bits, shift, 32)
+        _fold32(bits, spare, shift)
         bits *= factor
-    bits ^= _shifted(bits, _LAST32, 32)
+    _fold32(bits, spare, _LAST32)
+
+
+def _fold32(bits: Tensor, spare: Tensor, shift: int) -> None:
+    """bits ^= bits >> shift, a logical shift; torch's brings the sign along."""
+    torch.bitwise_right_shift(bits, shift, out=spare)
+    bits ^= spare.bitwise_and_((1 << (32 - shift)) - 1)
 
 
 def _mixed64(bits: Tensor) -> Tensor:
     for shift, factor in _MIX64:
-        bits = (bits ^ _shifted(bits, shift, 64)) * factor
-    return bits ^ _shifted(bits, _LAST64, 64)
+        bits = _folded64(bits, shift) * factor
+    return _folded64(bits, _LAST64)
 
 
-def _shifted(bits: Tensor, shift: int, width: int) -> Tensor:
-    """A logical shift to the right: torch's brings the sign along."""
-    return (bits >> shift).bitwise_and_((1 << (width - shift)) - 1)
+def _folded64(bits: Tensor, shift: int) -> Tensor:
+    return bits ^ (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def _signed(number: int) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 from flops import request_flops
 
 from benchmarks.reported_flops import reported_flops
-from golden_data import Case
+from golden_data import Case, checkpoint_dir
 from redvtp.local import LocalEngine, Request
 from redvtp.params import PRESETS, DenoisingParams, PruningParams
 
@@ -207,9 +208,15 @@ def test_flops_of_every_policy_are_counted(preset: str, cache: str) -> None:
     assert counted == pytest.approx(seen, rel=0.01 if preset == "attention-free" else 0.005)
 
 
+@cache
+def _engine(checkpoint: str) -> LocalEngine:
+    """It computes every image anew."""
+    return LocalEngine(checkpoint_dir(checkpoint), dtype="float32", device="cpu", vision_cache_bytes=0)
+
+
 def _flops(case: Case, denoising: DenoisingParams, pruning: PruningParams) -> tuple[int, int]:
     """A request's, counted from its reports and seen by torch."""
-    engine = LocalEngine(case.model_dir, dtype="float32", device="cpu")
+    engine = _engine(case.checkpoint)
     request = Request(case.prompt, tuple(case.images()), denoising, pruning)
     seen = request_flops(engine, request)
     (generation,) = engine.generate([request])

@@ -15,14 +15,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from vllm.utils.argparse_utils import human_readable_int
 
+from devices import cpu_only
 from golden_data import Case, Run, checkpoint_dir, runs
+from redvtp.cli.knob_flags import byte_count, flag_of
 from redvtp.cli.main import main
 from redvtp.errors import BadInput
 from redvtp.params import CACHES, DenoisingParams, PruningParams
 from redvtp.prompt import load_tokenizer
 from redvtp.trace import Trace
 from vllm_redvtp.knobs import RequestParams, build_params, sampling_params
+from vllm_redvtp.offline import refuse_device
 from vllm_redvtp.quiet import logs_on_stderr, start_up_noise
 
 pytestmark = pytest.mark.slow
@@ -211,6 +215,42 @@ def test_vllm_refuses_an_engine_setting_in_one_line(capfd: pytest.CaptureFixture
 def test_vllm_refuses_marks_without_images_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     line = _refused(capfd, MODEL, "--raw-prompt", "what is <image>?")
     assert line.endswith("the prompt has 1 <image> mark but 0 images were given")
+
+
+def test_vllm_takes_the_size_of_the_cache(both: Callable[..., Trace], capfd: pytest.CaptureFixture[str]) -> None:
+    both("--prompt", "hello", "--gen-length", "8", "--max-model-len", "256", "--kv-cache-memory-bytes", "1M")
+    line = _refused(capfd, MODEL, "--prompt", "hello", "--max-model-len", "256", "--kv-cache-memory-bytes", "70K")
+    assert "KV cache" in line
+
+
+@pytest.mark.parametrize("name", [None, "cuda", "cuda:0"])
+def test_a_device_that_vllm_would_take_anyway_is_not_refused(name: str | None) -> None:
+    refuse_device(name, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "sentence"),
+    [
+        ("cuda:1", "cuda", "--device cuda:1 cannot be used: vLLM takes the first GPU that it sees; set CUDA_VISIBLE_"),
+        ("cpu", "cuda", "--device cpu cannot be used: vLLM is built for cuda here; leave it out, or use --engine"),
+        ("cuda", "cpu", "--device cuda cannot be used: vLLM is built for cpu here; leave it out, or use --engine"),
+    ],
+)
+def test_a_device_that_vllm_would_not_take_is_refused(name: str, here: str, sentence: str) -> None:
+    with pytest.raises(BadInput) as refusal:
+        refuse_device(name, here)
+    assert refusal.value.spelled(flag_of).startswith(sentence)
+
+
+@cpu_only
+def test_vllm_refuses_a_device_that_it_is_not_built_for_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    line = _refused(capfd, MODEL, "--prompt", "hello", "--device", "cuda:1")
+    assert line.startswith("redvtp generate: error: --device cuda:1 cannot be used: vLLM is built for cpu here")
+
+
+@pytest.mark.parametrize("text", ["800", "1k", "1K", "49M", "2200M", "3m", "4G", "7g"])
+def test_a_size_is_read_as_vllm_reads_it(text: str) -> None:
+    assert byte_count(text) == human_readable_int(text)
 
 
 @pytest.fixture

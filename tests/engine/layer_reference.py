@@ -133,9 +133,11 @@ class SlowDecoder:
             seen.append(scores.softmax(-1))
             return torch.einsum("hqk,khd->qhd", seen[0], values)
 
+        def unturned(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            return query, key
+
         # Keys are kept as they were before rotation, so the layer itself must not rotate.
-        unturned = self.model.rotary.angles(torch.zeros_like(places[own]))
-        return layer(hidden, *unturned, index, attention), seen[0]
+        return layer(hidden, unturned, index, attention), seen[0]
 
     def choose(self, weights: Tensor, own: Tensor, keep: int) -> Tensor:
         canvas_rows = self.canvas.masked() if self.rows == "masked" else torch.ones(self.canvas.gen_length).bool()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import golden_data
+from devices import DEVICE
 from redvtp.kv.blocks import blocks_needed
 from redvtp.local import Generation, LocalEngine, Request
 from redvtp.params import DenoisingParams, PruningParams
@@ -59,7 +60,9 @@ def test_a_mixed_batch_gives_each_request_the_tokens_it_gets_alone(engine: Engin
 def test_requests_wait_for_blocks_and_all_are_served(engine: EngineFactory) -> None:
     roomy = engine(CHECKPOINT)
     expected = [g.output_ids for g in roomy.generate(_mixed(roomy))]
-    tight = LocalEngine(golden_data.checkpoint_dir(CHECKPOINT), dtype="float32", block_size=16, num_blocks=40)
+    tight = LocalEngine(
+        golden_data.checkpoint_dir(CHECKPOINT), dtype="float32", device=DEVICE, block_size=16, num_blocks=40
+    )
     assert [g.output_ids for g in tight.generate(_mixed(tight))] == expected
     assert tight.blocks.num_free == 40
 
@@ -102,7 +105,7 @@ def test_pages_after_a_pruning_are_what_a_fresh_cache_would_hold(engine: EngineF
 
 @pytest.mark.parametrize("cache", ["none", "prefix"])
 def test_freed_blocks_are_the_difference_of_the_formula(engine: EngineFactory, cache: str) -> None:
-    local = LocalEngine(golden_data.checkpoint_dir(CHECKPOINT), dtype="float32", block_size=16)
+    local = LocalEngine(golden_data.checkpoint_dir(CHECKPOINT), dtype="float32", device=DEVICE, block_size=16)
     request = _request(
         local, "large", DenoisingParams(gen_length=16, ignore_eos=True, cache=cache), PruningParams(keep_ratio=0.25)
     )
@@ -223,7 +226,7 @@ def test_what_can_never_fit_is_refused_and_costs_nothing(engine: EngineFactory) 
     huge = _request(local, "large", DenoisingParams(gen_length=5000), PruningParams())
     with pytest.raises(ValueError, match=r"prompt \(.* visual\) plus gen_length 5000 exceeds max_model_len 4096"):
         local.generate([_request(local, "wide", DenoisingParams(gen_length=4), PruningParams()), huge])
-    small = LocalEngine(golden_data.checkpoint_dir(CHECKPOINT), dtype="float32", num_blocks=2)
+    small = LocalEngine(golden_data.checkpoint_dir(CHECKPOINT), dtype="float32", device=DEVICE, num_blocks=2)
     with pytest.raises(ValueError, match="give the engine more blocks"):
         small.generate([_request(small, "wide", DenoisingParams(gen_length=4), PruningParams())])
     assert local.blocks.num_free == local.blocks.num_blocks

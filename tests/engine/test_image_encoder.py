@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import golden_data
+from devices import DEVICE
 from redvtp.local import LocalEngine, Request
 from redvtp.models.visual_cache import ImageEncoder
 from redvtp.params import DenoisingParams, PruningParams
@@ -130,7 +131,7 @@ def test_no_budget_remembers_nothing(engine: EngineFactory) -> None:
 
 @pytest.mark.parametrize("case", ["wide", "two_pad_tensor"])
 def test_second_request_with_the_same_images_does_not_run_the_tower(engine: EngineFactory, case: str) -> None:
-    local = LocalEngine(golden_data.checkpoint_dir(CHECKPOINT), dtype="float32", device="cpu")
+    local = LocalEngine(golden_data.checkpoint_dir(CHECKPOINT), dtype="float32", device=DEVICE)
     images = tuple(golden_data.Case(CHECKPOINT, case).images())
     prompts = [chat_prompt(local.tokenizer, question, len(images)) for question in ("What is it?", "Which colour?")]
     denoising = DenoisingParams(gen_length=16, steps=8, ignore_eos=True)

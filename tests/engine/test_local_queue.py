@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import golden_data
+from devices import DEVICE
 from redvtp.local import LocalEngine, Request
 from redvtp.params import DenoisingParams
 from redvtp.prompt import chat_prompt
@@ -16,7 +17,7 @@ MODEL = golden_data.checkpoint_dir("tiny-llada-v")
 
 
 def _engine(**options: Any) -> LocalEngine:
-    return LocalEngine(MODEL, dtype="float32", device="cpu", **options)
+    return LocalEngine(MODEL, dtype="float32", device=DEVICE, **options)
 
 
 def _request(local: LocalEngine, **denoising: Any) -> Request:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import golden_data
+from devices import DEVICE
 from one_step import encode_prompt, response_hidden
 from redvtp.canvas.canvas import Canvas
 from redvtp.denoising.sequence import Sequence
@@ -158,7 +159,7 @@ def test_scores_survivors_pages_and_next_logits_are_those_of_the_slow_way(
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_the_prompt_is_computed_once_and_its_blocks_come_back_early(checkpoint: str) -> None:
-    local = LocalEngine(golden_data.checkpoint_dir(checkpoint), dtype="float32", device="cpu", block_size=8)
+    local = LocalEngine(golden_data.checkpoint_dir(checkpoint), dtype="float32", device=DEVICE, block_size=8)
     computed: list[int] = []
     local.model.language_model.register_forward_pre_hook(lambda _, args: computed.append(args[0].shape[0]))
     request = _request(local, checkpoint, PREFIX_LM, PruningParams(keep_ratio=0.25))

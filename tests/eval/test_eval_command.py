@@ -283,7 +283,7 @@ def test_a_question_the_model_cannot_be_asked_counts_as_wrong_and_is_said(
         (["--gen-length", "-1"], "--gen-length must be an integer in [1, 65536], got -1"),
         (["--temperature", "-1"], "--temperature must be a number >= 0, got -1"),
         (["--remasking", "best"], "--remasking must be one of"),
-        (["--server", "http://127.0.0.1:9"], "--dtype, --max-model-len and --block-size are the server's own"),
+        (["--server", "http://127.0.0.1:9"], "--kv-cache-memory-bytes and --attention are the server's own"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_leaves_no_folder(

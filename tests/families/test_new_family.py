@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from devices import DEVICE
 from golden_data import checkpoint_dir
 from redvtp.families import registry
 from redvtp.families.family import Family, SamplerTraits
@@ -116,7 +117,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalEngine:
     weights["toy.eyes.bias"] = torch.randn(text["hidden_size"], generator=generator)
     weights["toy.unused"] = torch.zeros(1)
     save_file(weights, tmp_path / "model.safetensors")
-    return LocalEngine(tmp_path, dtype="float32", device="cpu")
+    return LocalEngine(tmp_path, dtype="float32", device=DEVICE)
 
 
 def test_it_answers_prunes_and_draws(toy: LocalEngine) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vllm import LLM
 
+from devices import vllm_options
 from golden_data import checkpoint_dir
 from plugin.requests import free_blocks, usable_blocks
 
@@ -46,4 +47,4 @@ def llm(llm_factory: LlmFactory) -> Iterator[LLM]:
 def in_process_llm(model: str, **options: Any) -> LLM:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        return LLM(model, **{"dtype": "float32", "disable_log_stats": True, **options})
+        return LLM(model, **{"dtype": "float32", "disable_log_stats": True, **vllm_options(), **options})

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from devices import cpu_only
 from redvtp.attention.interface import AttentionBackend, LayerAttention, layer_attention
 from redvtp.attention.layout import Layout, Span
 from redvtp.attention.scores import AttentionScores
@@ -20,6 +21,8 @@ from redvtp.kv.pages import KVPages, PagedKVCache
 from redvtp.kv.rotary import Rotary
 from vllm_redvtp.attention.cpu_kernel import CpuAttention, CpuPrepared
 from vllm_redvtp.attention.packed_pages import PackedKVCache
+
+pytestmark = cpu_only
 
 # Of the outputs, which are means of values around 1.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2}

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from vllm import LLM, SamplingParams
 
 import golden_data
+from devices import cpu_only
 from golden_data import Run, checkpoint_dir
 from golden_runs import denoising_of, pruning_of
 from plugin.conftest import LlmFactory, in_process_llm
@@ -35,7 +36,7 @@ from vllm_redvtp.attention.cpu_kernel import CpuAttention, KernelCall
 from vllm_redvtp.attention.packed_pages import PackedKVCache
 from vllm_redvtp.knobs import RequestParams, sampling_params
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, cpu_only]
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL_MODEL = ROOT / "examples" / "tiny_dvlm"

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from vllm.platforms import current_platform
 
+from devices import CARD_CACHE_BYTES, CARD_SHARE, vllm_flags
 from golden_data import checkpoint_dir
 from plugin.command_line import engine_config
 from plugin.conftest import in_process_llm
+from vllm_redvtp.hook import BLOCK_SIZE, CARD_BLOCK_MULTIPLE, refuse_card_block_size
 
 MODEL = checkpoint_dir("tiny-llada-v")
 TOWER = checkpoint_dir("siglip2-so400m-patch14-tiny56")
@@ -40,6 +43,11 @@ def test_llada_v_gets_our_parts() -> None:
     ("options", "read", "value"),
     [
         (["--block-size", "64"], lambda config: config.cache_config.block_size, 64),
+        (
+            ["--dtype", "bfloat16", "--kv-cache-dtype", "bfloat16"],
+            lambda config: config.cache_config.cache_dtype,
+            "bfloat16",
+        ),
         (["--kv-cache-memory-bytes", "1000000"], lambda config: config.cache_config.kv_cache_memory_bytes, 1_000_000),
         (["--max-num-batched-tokens", "9999"], lambda config: config.scheduler_config.max_num_batched_tokens, 9999),
         (
@@ -85,7 +93,11 @@ def test_operators_choice_stands(options: list[str], read: Callable[[Any], Any],
             ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
             r"of LLaDA-V: speculative decoding \(--speculative-config\)",
         ),
-        (["--kv-cache-dtype", "fp8"], r"of LLaDA-V: a quantised KV cache \(--kv-cache-dtype\)"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8: a quantised KV cache is not supported for diffusion"),
+        (
+            ["--dtype", "bfloat16", "--kv-cache-dtype", "float16"],
+            "--kv-cache-dtype float16: another type than the weights' is not supported .* are bfloat16 as the weights",
+        ),
         (["--tensor-parallel-size", "3"], "--tensor-parallel-size 3 does not divide the 4 KV heads"),
         (["--skip-tokenizer-init"], "LLaDA-V needs its tokenizer"),
         (["--enable-prompt-embeds"], "--enable-prompt-embeds is not supported for LLaDA-V"),
@@ -123,6 +135,37 @@ def test_operators_choice_stands(options: list[str], read: Callable[[Any], Any],
 def test_command_line_that_cannot_work_is_refused(options: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         engine_config(MODEL, *options)
+
+
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_block_size_that_no_card_can_use_is_refused_before_anything_is_loaded(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """VLLM's own sentence comes after the weights: "No valid attention backend"."""
+    assert engine_config(MODEL, "--block-size", str(size)).cache_config.block_size == size
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
+    with pytest.raises(ValueError, match=f"--block-size must be a multiple of 16 on a graphics card, got {size}"):
+        engine_config(MODEL, "--block-size", str(size))
+
+
+def test_block_sizes_of_cards_are_those_of_vllms_kernels() -> None:
+    """Where one of them takes others, the plugin refuses too much."""
+    from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    for backend in (TritonAttentionBackend, FlexAttentionBackend):
+        taken = [size for size in range(1, 129) if backend.supports_block_size(size)]
+        assert taken == list(range(CARD_BLOCK_MULTIPLE, 129, CARD_BLOCK_MULTIPLE))
+    for size in (16, 48, 64, BLOCK_SIZE):
+        refuse_card_block_size(size)
+
+
+def test_servers_of_tests_take_a_small_part_of_a_card() -> None:
+    """Several are up at once; vLLM's default is nearly the whole card for each."""
+    config = engine_config(MODEL, *vllm_flags(cards=1)).cache_config
+    assert config.gpu_memory_utilization == CARD_SHARE
+    assert config.kv_cache_memory_bytes == CARD_CACHE_BYTES
+    assert vllm_flags(cards=0) == []
 
 
 def test_default_outside_of_our_part_is_mentioned(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from redvtp.params import PRESETS, SCHEDULES
+from redvtp.params import PRESETS, SCHEDULES, PruningParams
 from vllm_redvtp.knob_names import KNOBS, PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +34,9 @@ def test_the_document_has_the_table_of_today(script: ModuleType) -> None:
 
 def test_a_stale_table_is_noticed(script: ModuleType) -> None:
     document = (ROOT / "docs" / "knobs.md").read_text(encoding="utf-8")
-    stale = document.replace("`redvtp_keep_ratio` | 0.5", "`redvtp_keep_ratio` | 0.25")
-    assert stale != document
+    row = f"`redvtp_keep_ratio` | {PruningParams().keep_ratio} |"
+    stale = document.replace(row, "`redvtp_keep_ratio` | 0.99 |")
+    assert stale != document, f"docs/knobs.md has no row {row!r}"
     assert script.rewritten(stale) == document
 
 
@@ -45,8 +46,15 @@ def test_every_knob_has_a_row_with_what_it_allows(script: ModuleType) -> None:
     assert named == set(KNOBS)
     assert rows[f"`{PREFIX}schedule`"][1] == ", ".join(SCHEDULES)
     assert rows[f"`{PREFIX}pruning`"][1] == ", ".join(PRESETS)
-    assert rows[f"`{PREFIX}keep_ratio`"][:2] == ("0.5", "number in (0, 1]")
+    assert rows[f"`{PREFIX}keep_ratio`"][:2] == (str(PruningParams().keep_ratio), "number in (0, 1]")
     assert all(meaning for _, _, meaning in rows.values())
+
+
+@pytest.mark.parametrize("page", ["choosing-knobs.md", "getting-started.md"])
+def test_hand_written_tables_have_the_default_keep_ratio(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (written,) = re.findall(r"^\| `redvtp_keep_ratio` \| (\S+) \|", text, re.MULTILINE)
+    assert float(written) == PruningParams().keep_ratio, f"mend the table of docs/{page} by hand"
 
 
 def test_the_short_table_names_the_same_knobs() -> None:

@@ -15,11 +15,13 @@ import pytest
 
 import golden_data
 import golden_runs
+from devices import needs_two_ranks
 from redvtp.local import LocalEngine, Request
 from redvtp.params import PruningParams
 
 EngineFactory = Callable[..., LocalEngine]
 
+pytestmark = needs_two_ranks
 TESTS = Path(__file__).resolve().parents[1]
 # Of each family: without and with pruning, in every cache mode it is used with.
 RUNS = {

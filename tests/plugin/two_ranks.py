@@ -20,6 +20,7 @@ from typing import Any
 from vllm import LLM
 
 import golden_data
+from devices import vllm_options
 from plugin.requests import answer_of, prompt_of, sampling_of
 
 
@@ -31,7 +32,7 @@ def main(output: str, rounds: str, *names: str) -> None:
     model = str(golden_data.checkpoint_dir(checkpoint))
     # The scheduler in this process, so that a step is a step; the ranks have theirs.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    llm = LLM(model, dtype="float32", tensor_parallel_size=2, disable_log_stats=True)
+    llm = LLM(model, dtype="float32", tensor_parallel_size=2, disable_log_stats=True, **vllm_options())
     Path(output).write_text(json.dumps([_round(llm, runs, **each) for each in json.loads(rounds)]))
 
 

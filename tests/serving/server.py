@@ -23,6 +23,8 @@ from pathlib import Path
 
 import openai
 
+from devices import vllm_flags
+
 HOST = "127.0.0.1"
 # Half a minute on two idle cores, minutes on busy ones; a server that dies is noticed at once.
 START_SECONDS = 900
@@ -80,9 +82,11 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(log: Path, *arguments: str | Path) -> Iterator[Server]:
-    """`vllm serve *arguments`, healthy."""
+    """`vllm serve *arguments`, healthy. The first one is the model."""
     port = _free_port()
-    with _started(log, "serve", *arguments, "--host", HOST, "--port", str(port)) as process:
+    model, *flags = arguments
+    flags = [model, *vllm_flags(), *flags, "--host", HOST, "--port", str(port)]
+    with _started(log, "serve", *flags) as process:
         server = Server(process, port, log)
         deadline = time.monotonic() + START_SECONDS
         while not _healthy(port):

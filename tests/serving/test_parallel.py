@@ -9,11 +9,12 @@ from pathlib import Path
 import openai
 import pytest
 
+from devices import needs_two_ranks
 from golden_data import Run, checkpoint_dir
 from serving.chat import CHECKPOINT, Answer, ask, golden_run, in_the_middle, message_of, options_of
 from serving.server import Server, running_server
 
-pytestmark = [pytest.mark.serving, pytest.mark.slow]
+pytestmark = [pytest.mark.serving, pytest.mark.slow, needs_two_ranks]
 
 RUNS = (
     golden_run("square", "redvtp_k25_g32_b32_s32"),

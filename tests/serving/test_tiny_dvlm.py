@@ -1,19 +1,23 @@
-"""The shipped model behind `vllm serve`: the README's demo, and `redvtp eval` with eight clients."""
+"""The shipped model behind the `vllm serve` line that `redvtp doctor` prints, and the README's demo."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
 from eval.task_files import in_process, key, rows
 from redvtp.evaluation.tasks import read_tasks
+from serving.chat import ask, message
 from serving.server import HOST, START_SECONDS, Server, running_server
 
 pytestmark = pytest.mark.serving
@@ -24,10 +28,36 @@ GRID = ("--policies", "redvtp", "--keep", "0.5,0.25", "--cache", "none,prefix", 
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def advice() -> dict[str, Any]:
+    """What `redvtp doctor` says of the model."""
+    command = [sys.executable, "-m", "redvtp.cli", "doctor", str(MODEL), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+@pytest.fixture(scope="module")
+def server(advice: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    program, *arguments = shlex.split(advice["serve"])
+    assert Path(program).name == "vllm"
+    assert arguments[0] == "serve"
     log = tmp_path_factory.mktemp("tiny-dvlm-server") / "server.log"
-    with running_server(log, MODEL, "--plugin", "redvtp", "--dtype", "float32") as running:
+    # `running_server` adds an address only.
+    with running_server(log, *arguments[1:]) as running:
         yield running
+
+
+def test_the_printed_command_serves_the_model(advice: dict[str, Any], server: Server) -> None:
+    """It answers, within the memory that doctor names."""
+    with server.client() as client:
+        for task in read_tasks(MODEL / "demo.jsonl").tasks:
+            photo = message(task.question, [task.images[0].read_bytes()])
+            answer = ask(client, server.model(), photo, max_tokens=task.gen_length, temperature=0)
+            assert answer.text.strip() == task.answers[0]
+    processes = [server.process.pid, *(each.pid for each in psutil.Process(server.process.pid).children(True))]
+    assert sum(psutil.Process(pid).memory_full_info().uss for pid in processes) < advice["memory"]["total"]
+    assert "chat template registered" not in server.log.read_text(errors="replace")
 
 
 def test_eight_clients_get_the_engines_answers(

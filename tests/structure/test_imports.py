@@ -18,9 +18,9 @@ SOURCES = {"redvtp": ROOT / "engine" / "redvtp", "vllm_redvtp": ROOT / "vllm_red
 # Names on one line are sisters: they do not import each other.
 ORDER = {
     "redvtp": (
-        ("presets", "errors", "reports", "clock", "device", "noise"),
+        ("presets", "errors", "reports", "clock", "noise"),
         ("values",),
-        ("model_folder",),
+        ("model_folder", "device"),
         ("params", "kernels"),
         ("kv", "vision"),
         ("attention", "prompt"),
@@ -29,7 +29,7 @@ ORDER = {
         ("canvas", "pruning"),
         ("planning",),
         ("denoising", "request"),
-        ("local_queue",),
+        ("local_queue", "local_cache"),
         ("local",),
         ("trace",),
         ("heatmap", "engines", "doctor"),
@@ -37,7 +37,7 @@ ORDER = {
         ("cli",),
     ),
     "vllm_redvtp": (
-        ("engine_config", "output", "patches", "server_options"),
+        ("engine_config", "fused", "output", "patches", "server_options"),
         ("knob_names",),
         ("knobs",),
         ("planning",),

@@ -68,21 +68,27 @@ def _assert_same(folder: Path, other: Path) -> None:
         assert torch.equal(weight, theirs[name]), name
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a training in one go. Tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, 3, threads=1, workers=0, plan=MICRO)
+    return folder
+
+
 @pytest.mark.parametrize("updates", [1, 3, 5, 8], ids=["tower", "phase-start", "language", "exact"])
 def test_a_training_that_was_stopped_ends_with_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: int
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, updates: int
 ) -> None:
-    train(tmp_path / "whole", 3, workers=0, plan=MICRO)
     with stop_after(updates, monkeypatch), pytest.raises(Stopped):
-        train(tmp_path / "stopped", 3, workers=0, plan=MICRO)
-    train(tmp_path / "stopped", 3, workers=0, plan=MICRO)
-    _assert_same(tmp_path / "whole", tmp_path / "stopped")
+        train(tmp_path, 3, workers=0, plan=MICRO)
+    train(tmp_path, 3, workers=0, plan=MICRO)
+    _assert_same(whole, tmp_path)
 
 
-def test_threads_and_workers_change_no_weight(tmp_path: Path) -> None:
-    train(tmp_path / "two", 3, threads=2, workers=1, plan=MICRO)
-    train(tmp_path / "one", 3, threads=1, workers=0, plan=MICRO)
-    _assert_same(tmp_path / "two", tmp_path / "one")
+def test_threads_and_workers_change_no_weight(whole: Path, tmp_path: Path) -> None:
+    train(tmp_path, 3, threads=2, workers=1, plan=MICRO)
+    _assert_same(whole, tmp_path)
 
 
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
@@ -137,14 +143,11 @@ def test_a_minute_of_training_lowers_the_loss_and_survives_a_stop(
         Phase("words", "language", steps=24, batch=2, tokens=180, warmup=5),
     )
     losses = _losses(monkeypatch, "loss")
-    train(tmp_path / "whole", 3, plan=plan)
+    with stop_after(72, monkeypatch), pytest.raises(Stopped):
+        train(tmp_path, 3, plan=plan)
+    train(tmp_path, 3, plan=plan)
     assert len(losses) == 24
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-
-    with stop_after(72, monkeypatch), pytest.raises(Stopped):
-        train(tmp_path / "stopped", 3, plan=plan)
-    train(tmp_path / "stopped", 3, plan=plan)
-    _assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
 def _one_of_each_family() -> list[tuple[Sample, Question]]:
@@ -156,15 +159,14 @@ def _one_of_each_family() -> list[tuple[Sample, Question]]:
     return list(picked.values())
 
 
-def test_the_engine_answers_as_the_trained_model_does(tmp_path: Path) -> None:
+def test_the_engine_answers_as_the_trained_model_does(whole: Path, tmp_path: Path) -> None:
     """Both greedy and dense; the checkpoint's float16 weights in float32. One picture, two pictures, and clips."""
-    train(tmp_path / "run", 3, workers=0, plan=MICRO)
-    parameters = export(tmp_path / "run", tmp_path / "checkpoint")
+    parameters = export(whole, tmp_path)
     assert 4_000_000 <= parameters <= 10_000_000
-    assert (tmp_path / "checkpoint" / "model.safetensors").stat().st_size <= 25_000_000
+    assert (tmp_path / "model.safetensors").stat().st_size <= 25_000_000
 
-    model = load_average(tmp_path / "run").half().float()
-    engine = LocalEngine(tmp_path / "checkpoint", dtype="float32", device="cpu")
+    model = load_average(whole).half().float()
+    engine = LocalEngine(tmp_path, dtype="float32", device="cpu")
     asked = _one_of_each_family()
     requests = []
     for sample, question in asked:
@@ -177,11 +179,10 @@ def test_the_engine_answers_as_the_trained_model_does(tmp_path: Path) -> None:
         assert generation.text == tokenizer().decode(tokens, skip_special_tokens=True), question.text
 
 
-def test_the_engine_sees_the_visual_tokens_the_model_was_trained_on(tmp_path: Path) -> None:
-    train(tmp_path / "run", 3, workers=0, plan=MICRO[:1])
-    export(tmp_path / "run", tmp_path / "checkpoint")
-    model = load_average(tmp_path / "run").half().float()
-    engine = LocalEngine(tmp_path / "checkpoint", dtype="float32", device="cpu")
+def test_the_engine_sees_the_visual_tokens_the_model_was_trained_on(whole: Path, tmp_path: Path) -> None:
+    export(whole, tmp_path)
+    model = load_average(whole).half().float()
+    engine = LocalEngine(tmp_path, dtype="float32", device="cpu")
     for sample, question in _one_of_each_family():
         ours = prompt_embeddings(model, sample, question)
         images = [Image.fromarray(render(scene)) for scene in sample.scenes]
@@ -208,10 +209,9 @@ def test_the_task_files_hold_every_task(tmp_path: Path) -> None:
         assert line["answer"]
 
 
-def test_an_evaluation_scores_each_task_and_group(tmp_path: Path) -> None:
-    train(tmp_path, 3, workers=0, plan=MICRO[:1])
+def test_an_evaluation_scores_each_task_and_group(whole: Path) -> None:
     examples = [(sample, question) for sample, question in held_out(1) if question.canvas <= 8]
-    tasks, groups = evaluate(load_average(tmp_path), examples)
+    tasks, groups = evaluate(load_average(whole), examples)
     assert set(tasks) == {question.task for _, question in examples}
     assert set(groups) == {question.group for _, question in examples}
     assert all(0.0 <= score <= 1.0 for score in (*tasks.values(), *groups.values()))

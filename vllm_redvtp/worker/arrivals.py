@@ -19,7 +19,7 @@ from redvtp.models.dvlm import Dvlm
 from redvtp.models.visual_cache import ImageEncoder
 from redvtp.vision.media import MediaItem
 from vllm_redvtp.planning import RequestPlanner, visual_spans
-from vllm_redvtp.worker.failures import OF_ANOTHER_RANK, failure_message
+from vllm_redvtp.worker.failures import OF_ANOTHER_RANK, failure_message, raise_if_of_device
 
 logger = init_logger("vllm.redvtp.arrivals")
 
@@ -61,6 +61,7 @@ class Arrivals:
             visual = iter(self._encoder.encode([item for each in requests for item in self.items(each)]))
             found: list[list[Tensor] | str] = [list(islice(visual, len(each.mm_features))) for each in requests]
         except Exception as error:
+            raise_if_of_device(error)
             message = failure_message(requests[0].req_id, error) if len(requests) == 1 else str(error)
         if not self._ranks.any_failed(message is not None):
             return found

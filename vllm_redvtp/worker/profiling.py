@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from redvtp.canvas.proposals import rows_of_logits
 from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
 from redvtp.kv.blocks import blocks_needed
@@ -22,7 +23,7 @@ from vllm_redvtp.worker.kv_cache import make_pages, token_bytes
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# A long canvas makes logits the largest tensor.
+# A canvas at least this long, where the request may have one.
 _GEN_LENGTH = 512
 
 
@@ -41,6 +42,15 @@ def held_embedding_bytes(
     largest = 2 * max_num_seqs * longest_prompt * row_bytes
     for_each_kv_token = (1 + 1 / keep_ratio) * row_bytes
     return int(min(largest, memory * for_each_kv_token / (for_each_kv_token + kv_token_bytes)))
+
+
+def profiled_canvas(length: int, sequences: int, logit_rows: int) -> int:
+    """Canvas length of each of some sequences of `length` tokens, so that a step has its largest tensors.
+
+    logit_rows: rows of logits that are held at once. All together have as many undecided positions; they take at most
+    half of a sequence, so that there is a prompt to score.
+    """
+    return min(length - 1, max(_GEN_LENGTH, min(-(-logit_rows // sequences), length // 2)))
 
 
 @torch.inference_mode()
@@ -67,8 +77,8 @@ def profile_largest_step(
     cache = _one_layer_cache(model, vllm_config, sum(blocks_needed(length, block_size) for length in lengths))
     batch: list[Sequence] = []
     first_block = 0
+    gen_length = profiled_canvas(longest, len(lengths), rows_of_logits(special.vocab))
     for length in lengths:
-        gen_length = min(_GEN_LENGTH, length - 1)
         prompt = length - gen_length
         blocks = blocks_needed(length, block_size)
         denoising = DenoisingParams(gen_length=gen_length, block_length=gen_length, temperature=1.0, seed=0)

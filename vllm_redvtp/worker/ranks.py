@@ -61,6 +61,14 @@ def _any_failed(failed: bool) -> bool:
     return True
 
 
+def end_rank(error: Exception) -> None:
+    """End this process for an `error` of its device, unless it is the first rank, whose errors vLLM hears of."""
+    if get_tensor_model_parallel_world_size() == 1 or get_tp_group().rank_in_group == 0:
+        return
+    logger.error("the device of tensor-parallel rank %d failed", get_tp_group().rank_in_group, exc_info=error)
+    _end_process()
+
+
 def _end_process() -> NoReturn:
     """vLLM sees that a worker has died and shuts the engine down.
 

@@ -23,6 +23,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from redvtp.denoising.sequence import Sequence
 from redvtp.denoising.step import DenoisingRunner
+from redvtp.device import configure_torch
 from redvtp.kv.pages import KVPages
 from redvtp.models.dvlm import Dvlm
 from redvtp.models.visual_cache import ImageEncoder
@@ -33,7 +34,7 @@ from vllm_redvtp.output import DenoisingOutput
 from vllm_redvtp.planning import RequestPlanner
 from vllm_redvtp.server_options import vision_cache_bytes
 from vllm_redvtp.worker.arrivals import Arrivals
-from vllm_redvtp.worker.failures import OF_ANOTHER_RANK, failure_message
+from vllm_redvtp.worker.failures import OF_ANOTHER_RANK, failure_message, raise_if_of_device
 from vllm_redvtp.worker.kv_cache import allocate_kv_cache, kv_cache_spec
 from vllm_redvtp.worker.profiling import profile_largest_step
 from vllm_redvtp.worker.ranks import ranks_of_this_worker
@@ -54,6 +55,8 @@ class DiffusionModelRunner:
     lora_config = None
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        # vLLM has set the precision of products, by VLLM_FLOAT32_MATMUL_PRECISION.
+        configure_torch(exact_products=False)
         self.vllm_config = vllm_config
         self.device = device
         self.config = engine_config(vllm_config.model_config)
@@ -117,7 +120,7 @@ class DiffusionModelRunner:
         started = time.perf_counter()
         reports = self._step([self.sequences[rid] for rid in scheduled if rid not in errors], errors)
         # Also after an engine step in which every request failed before its step.
-        clock.collect()
+        clock.collect(wait=False)
         return DenoisingOutput(
             req_ids=scheduled,
             req_id_to_index={request_id: index for index, request_id in enumerate(scheduled)},
@@ -151,6 +154,9 @@ class DiffusionModelRunner:
             reports = self._engine.step(batch)
         except Exception as error:
             failure = error
+        if failure is not None:
+            # No request is to blame, and collectives would fail again.
+            raise_if_of_device(failure)
         if not self._ranks.any_failed(failure is not None):
             return {report.request_id: report for report in reports}
         if len(batch) == 1:
@@ -158,9 +164,10 @@ class DiffusionModelRunner:
             errors[name] = OF_ANOTHER_RANK if failure is None else failure_message(name, failure)
             return {}
         # Every rank takes the whole step back and steps each request by itself, to find the failing one.
-        logger.warning(
-            "a step of %d requests failed (%s); stepping them one by one", len(batch), failure or OF_ANOTHER_RANK
-        )
+        reason = OF_ANOTHER_RANK if failure is None else str(failure)
+        # Its traceback holds every tensor of the failed step; the retry may need that memory.
+        failure = None
+        logger.warning("a step of %d requests failed (%s); stepping them one by one", len(batch), reason)
         for undo in restore:
             undo()
         found: dict[str, StepReport] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from redvtp.canvas.remasking import RULES, Rule, rule_of
+from redvtp.device import on_device, to_device
 from redvtp.noise import CONFIDENCE, GUMBEL, Draws, uniform
 
 # float64: two candidates that differ in the last float32 bit swap places, and with them every later step (LLaDA-V does
@@ -23,6 +24,8 @@ CONFIDENCE_DTYPE = torch.float64
 LOGIT_BYTES = 128 << 20
 # Bytes of one float64 tensor: 32 rows of that vocabulary. Drawing noise takes two, probabilities two.
 FLOAT64_BYTES = 32 << 20
+# Bytes of float64 noise that a CPU makes at once: thirty passes go over it, within the caches.
+NOISE_BYTES = 8 << 20
 _NO_KEYS = torch.zeros(0, 2, dtype=torch.int32)
 
 
@@ -53,7 +56,7 @@ def suppress(logits: Tensor, suppressed: tuple[int, ...]) -> Tensor:
     """Float32 logits [rows, vocab] where `suppressed` ids can never win (see `SamplerTraits.suppressed`)."""
     logits = logits.float()
     if suppressed:
-        logits[:, list(suppressed)] = float("-inf")
+        logits.index_fill_(1, on_device(suppressed, torch.int64, logits.device), float("-inf"))
     return logits
 
 
@@ -76,6 +79,11 @@ def gumbel_perturbed(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tens
     return logits.to(CONFIDENCE_DTYPE, copy=True).sub_(noise)
 
 
+def rows_of_logits(width: int) -> int:
+    """How many rows of logits of that width are held at once."""
+    return max(1, LOGIT_BYTES // (4 * width))
+
+
 def propose(logits: Tensor, vocab: int, choices: list[Choice], places: list[Tensor]) -> Proposals:
     """Proposals of a batch of requests.
 
@@ -94,7 +102,7 @@ def propose_in_parts(
     logits_of: a slice of the rows -> their logits [rows, width].
     """
     rows = [own.numel() for own in places]
-    logit_rows, rows_at_once = max(1, LOGIT_BYTES // (4 * width)), max(1, FLOAT64_BYTES // (8 * width))
+    logit_rows, rows_at_once = rows_of_logits(width), max(1, FLOAT64_BYTES // (8 * width))
     owners = [index for index, count in enumerate(rows) for _ in range(count)]
     warm = _Warm.rows_of(choices, places)
     tokens: list[Tensor] = []
@@ -113,7 +121,7 @@ def propose_in_parts(
     for start, choice, own in zip(accumulate(rows, initial=0), choices, places, strict=False):
         if RULES[choice.remasking] is None and own.numel():
             drawn = uniform(choice.draws.keys(CONFIDENCE, own), 1)[:, 0]
-            sure[start : start + own.numel()] = drawn.to(sure.device)
+            sure[start : start + own.numel()] = to_device(drawn, sure.device)
     return Proposals(torch.cat(tokens), sure)
 
 
@@ -149,15 +157,23 @@ class _Warm:
 
 def _proposed(logits: Tensor, warm: _Warm) -> Tensor:
     """[rows] int64, the best id of each row, after noise for the rows `warm`."""
-    tokens = logits.argmax(-1)
-    count = warm.rows.numel()
-    if count:
-        device = logits.device
-        rows = warm.rows.to(device)
-        # A slice where all are warm: no copy of the logits.
-        own = logits if count == logits.shape[0] else logits[rows]
-        tokens[rows] = gumbel_perturbed(own, warm.temperatures.to(device), warm.keys.to(device)).argmax(-1)
-    return tokens
+    if not warm.rows.numel():
+        return logits.argmax(-1)
+    temperatures, keys = (to_device(part, logits.device) for part in (warm.temperatures, warm.keys))
+    if warm.rows.numel() == logits.shape[0]:
+        return _sampled(logits, temperatures, keys)
+    rows = to_device(warm.rows, logits.device)
+    return logits.argmax(-1).index_copy_(0, rows, _sampled(logits.index_select(0, rows), temperatures, keys))
+
+
+def _sampled(logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
+    """[rows] int64, the best id of each row of logits [rows, vocab] after its noise."""
+    # A GPU takes all rows: launches are dear there.
+    at_once = logits.shape[0]
+    if logits.device.type == "cpu":
+        at_once = max(1, NOISE_BYTES // (8 * logits.shape[1]))
+    parts = zip(logits.split(at_once), temperatures.split(at_once), keys.split(at_once), strict=True)
+    return torch.cat([gumbel_perturbed(*part).argmax(-1) for part in parts])
 
 
 def _confidence(logits: Tensor, tokens: Tensor, names: list[str]) -> Tensor:
@@ -170,7 +186,7 @@ def _confidence(logits: Tensor, tokens: Tensor, names: list[str]) -> Tensor:
     for name, measure in rules.items():
         if len(set(names)) == 1:
             return measure(probabilities, tokens)
-        rows = torch.tensor([row for row, of in enumerate(names) if of == name]).to(logits.device)
+        rows = on_device([row for row, of in enumerate(names) if of == name], torch.int64, logits.device)
         sure[rows] = measure(probabilities[rows], tokens[rows])
     return sure
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from dataclasses import fields
 from importlib.util import find_spec
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from redvtp.local import LocalEngine
 
 INTERRUPTED = 130
+ENGINE_FLAGS = ("dtype", "device", "max_model_len", "block_size", "kv_cache_memory_bytes", "attention")
+# Whether the device is there, torch knows; it is not imported here.
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 EXTRA = "pip install 'vllm-redvtp[eval]'"
 
 
@@ -89,9 +93,14 @@ def check_picture(flag: str, path: Path) -> None:
 
 
 def check_checkpoint(options: argparse.Namespace) -> None:
-    """Raises BadInput if the model is no checkpoint folder, or an engine flag is not a positive integer."""
+    """Raises BadInput if the model is no checkpoint folder, or an engine flag has a value that it cannot have."""
     positive("max-model-len", options.max_model_len)
     positive("block-size", options.block_size)
+    if options.device is not None and not _DEVICE.fullmatch(options.device):
+        raise BadInput(f"--device must be cpu, cuda or cuda:N, got {options.device!r}")
+    size = options.kv_cache_memory_bytes
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise BadInput(f"--kv-cache-memory-bytes must be a number of bytes such as 800M or 4G, got {size!r}")
     reason = why_no_model(options.model)
     if reason is not None:
         raise BadInput(reason)
@@ -127,12 +136,10 @@ def read_json(name: str, path: Path) -> Any:
 
 
 def engine_options(options: argparse.Namespace) -> EngineOptions:
-    """The engine flags. Raises BadInput for one that is not a positive integer."""
+    """The engine flags. Raises BadInput for one that has a value that it cannot have."""
     check_checkpoint(options)
     progress = sys.stderr.isatty()
-    return EngineOptions(
-        options.model, options.dtype, options.max_model_len, options.block_size, options.attention, progress
-    )
+    return EngineOptions(options.model, progress=progress, **_engine_flags(options))
 
 
 def start_engine(options: argparse.Namespace, max_num_seqs: int, **more: Any) -> LocalEngine:
@@ -140,15 +147,12 @@ def start_engine(options: argparse.Namespace, max_num_seqs: int, **more: Any) ->
     from redvtp.local import LocalEngine
 
     with refusing():
-        return LocalEngine(
-            options.model,
-            dtype=options.dtype,
-            max_model_len=options.max_model_len,
-            max_num_seqs=max_num_seqs,
-            block_size=options.block_size,
-            attention=options.attention,
-            **more,
-        )
+        return LocalEngine(options.model, max_num_seqs=max_num_seqs, **_engine_flags(options), **more)
+
+
+def _engine_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Those of `flags.engine_flags` under the names that `EngineOptions` and `LocalEngine` have for them."""
+    return {name: getattr(options, name) for name in ENGINE_FLAGS}
 
 
 def say(text: str) -> None:

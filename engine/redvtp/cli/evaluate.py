@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from redvtp.cli.checks import (
+    ENGINE_FLAGS,
     EXTRA,
     INTERRUPTED,
     Mistakes,
@@ -87,12 +88,9 @@ def _backend(options: argparse.Namespace) -> tuple[Callable[[], Backend], dict[s
     if options.server or is_url:
         if options.server and is_url:
             raise BadInput("two servers were given; with --server, MODEL_OR_URL is the name of the model it serves")
-        own = (options.dtype, options.max_model_len, options.block_size, options.attention)
-        if own != ("auto", None, None, "auto"):
-            raise BadInput(
-                "--dtype, --max-model-len, --block-size and --attention are the server's own; set them where it is "
-                "started"
-            )
+        if any(getattr(options, name) not in (None, "auto") for name in ENGINE_FLAGS):
+            *most, last = map(flag_of, ENGINE_FLAGS)
+            raise BadInput(f"{', '.join(most)} and {last} are the server's own; set them where it is started")
         from redvtp.evaluation.server import ServerBackend
 
         server = ServerBackend(options.server or options.model, None if is_url else options.model, options.concurrency)
@@ -104,6 +102,7 @@ def _backend(options: argparse.Namespace) -> tuple[Callable[[], Backend], dict[s
         "model": options.model,
         "checkpoint": checkpoint_digest(options.model),
         "dtype": options.dtype,
+        "device": options.device,
         "max_model_len": options.max_model_len,
         "block_size": options.block_size,
         "attention": options.attention,

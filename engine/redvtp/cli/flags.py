@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from redvtp.cli.knob_flags import integer
+from redvtp.cli.knob_flags import byte_count, integer
 from redvtp.errors import BadInput
 from redvtp.params import POSITIONS, PRESETS, PruningParams
 from redvtp.values import did_you_mean, nearest
@@ -95,9 +95,13 @@ def engine_flags(parser: argparse.ArgumentParser, choice: bool = False) -> None:
         engines = "local, which needs no vLLM, or vllm, in this process (default %(default)s)"
         add("--engine", default="local", metavar="NAME", help=engines)
     add("--dtype", choices=DTYPES, default="auto", help="default: the checkpoint's")
+    device = "cpu, cuda or cuda:N (default: a GPU if torch finds one)"
+    add("--device", metavar="NAME", help=device)
     length = "longest prompt and canvas together (default: what the checkpoint allows)"
     add("--max-model-len", type=integer, metavar="N", help=length)
     add("--block-size", type=integer, metavar="N", help="tokens in a block of the KV cache")
+    cache = "memory for the KV cache, in bytes or as in 800M and 4G (default: for the longest requests, within 4G)"
+    add("--kv-cache-memory-bytes", type=byte_count, metavar="SIZE", help=cache)
     kernels = "backend of the attention: auto, torch, xformers on CUDA; what a server offers with --engine vllm"
     add("--attention", default="auto", metavar="NAME", help=kernels)
 

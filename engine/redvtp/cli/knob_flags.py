@@ -18,6 +18,7 @@ from redvtp.params import KNOB_NAMES, PRESETS, DenoisingParams, PruningParams
 # Commands that compare lists of values have other flags for these.
 _COMPARED_FLAGS = {"preset": "--policies", "keep_ratio": "--keep"}
 _COMPARING = ("compare", "eval")
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 LENGTHS = ("gen_length", "block_length", "steps")
 
 
@@ -42,6 +43,13 @@ def number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def byte_count(text: str) -> int | str:
+    """As `integer`, also with a suffix as vLLM reads it: k, m, g are powers of 1,000 and K, M, G of 1,024."""
+    unit = _UNITS.get(text[-1:], 1)
+    count = integer(text if unit == 1 else text[:-1])
+    return count * unit if isinstance(count, int) else text
 
 
 # How the text of a flag becomes a value, by the field's type; the first that matches counts.

@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from redvtp.attention.layout import Span
-from redvtp.canvas.proposals import Choice, keep_best, propose_in_parts, suppress
+from redvtp.canvas.proposals import CONFIDENCE_DTYPE, Choice, keep_best, propose_in_parts, suppress
 from redvtp.denoising.context import Context, SequenceStep
 from redvtp.denoising.forward import ForwardOutput
 from redvtp.denoising.planner import score_rows
+from redvtp.device import to_device
 
 
 def commit(context: Context, steps: list[SequenceStep], output: ForwardOutput) -> None:
     """Propose for every candidate of the batch at once and commit what each sequence chooses."""
     candidates = [step.sequence.canvas.masked_rows(step.plan.first_candidate) for step in steps]
     counts = [rows.numel() for rows in candidates]
-    rows = torch.cat(
-        [logit_rows(step, span, own) for step, span, own in zip(steps, output.spans, candidates, strict=True)]
-    ).to(context.device)
+    packed = [logit_rows(step, span, own) for step, span, own in zip(steps, output.spans, candidates, strict=True)]
+    rows = to_device(torch.cat(packed), context.device)
     sequences = [step.sequence for step in steps]
     choices = [
         Choice(seq.denoising.temperature, seq.denoising.remasking, seq.draws(step.number))
@@ -31,10 +31,12 @@ def commit(context: Context, steps: list[SequenceStep], output: ForwardOutput) -
         choices,
         candidates,
     )
-    # On the device: some ranks' collectives know no other memory.
-    tokens = context.ranks.broadcast_from_rank0(proposals.tokens).cpu().split(counts)
-    confidence = context.ranks.broadcast_from_rank0(proposals.confidence).cpu().split(counts)
-    for step, own, proposed, sure in zip(steps, candidates, tokens, confidence, strict=True):
+    # One tensor (ids are exact in float64), so that the host waits for the device once. Sent to the ranks from the
+    # device: some collectives know no other memory.
+    both = torch.stack((proposals.tokens.to(CONFIDENCE_DTYPE), proposals.confidence))
+    tokens, confidence = context.ranks.broadcast_from_rank0(both).cpu()
+    split = zip(tokens.to(torch.int64).split(counts), confidence.split(counts), strict=True)
+    for step, own, (proposed, sure) in zip(steps, candidates, split, strict=True):
         chosen = step.sequence.canvas.choose(proposed, sure, step.plan.first_candidate)
         _commit_one(context, step, own[chosen], proposed[chosen])
 

@@ -84,6 +84,7 @@ class SequenceStep:
     blocks_before: KV blocks held before it.
     row_layers: rows through the language model, summed over the layers they went through.
     scores: attention of its rows to the visual tokens. Set by `forward`; None where it is not measured.
+    scored_rows: [rows] int64 on the CPU, the rows of the sequence whose attention that is.
     exit: set by `forward` where rows left on the way.
     counting: [gen_length] bool, canvas rows whose attention counts. Set by `commit`; None where nothing is scored.
     undecided: whether the canvas has a position left that is worth pruning for. Set by `commit` where that matters.
@@ -98,6 +99,7 @@ class SequenceStep:
     blocks_before: int
     row_layers: int = 0
     scores: AttentionScores | None = None
+    scored_rows: Tensor | None = None
     exit: LayerExit | None = None
     counting: Tensor | None = None
     undecided: bool = True

@@ -16,6 +16,7 @@ from torch import Tensor
 from redvtp.attention.interface import LayerAttention
 from redvtp.attention.layout import Layout, Span
 from redvtp.denoising.packing import Packed
+from redvtp.device import to_device
 from redvtp.models.transformer import Transformer
 
 
@@ -23,9 +24,9 @@ from redvtp.models.transformer import Transformer
 class Continuation:
     """How a sequence goes on behind its exit layer.
 
-    rows: [rows] int64, ascending, those of its packed rows that go on.
-    positions: [rows] int64, theirs from here on.
-    write_slots: [rows] int64, where their keys and values go. None where the forward writes no pages.
+    rows: [rows] int64 on the CPU, ascending, those of its packed rows that go on.
+    positions: [rows] int64 on the CPU, theirs from here on.
+    write_slots: [rows] int64 on the device, where their keys and values go. None where the forward writes no pages.
     kv_length, reads_pages, kv_rows: see `Span`.
     """
 
@@ -73,7 +74,7 @@ def run_forward(
     first = 0
     for last in sorted({*exits.values(), len(model.layers) - 1}):
         stage = range(first, last + 1)
-        hidden = model(hidden, positions, attention(layout), stage)
+        hidden = model(hidden, to_device(positions, hidden.device), attention(layout), stage)
         for index, span in enumerate(layout.spans):
             row_layers[index] += len(stage) * span.rows
         leaving = [index for index, layer in exits.items() if layer == last]
@@ -98,7 +99,7 @@ def _without_leaving(
         start = spans[-1].end if spans else 0
         own = slice(span.start, span.end)
         if going is None:
-            rows.append(torch.arange(span.start, span.end, device=hidden.device))
+            rows.append(torch.arange(span.start, span.end))
             places.append(positions[own])
             written.append(None if layout.write_slots is None else layout.write_slots[own])
             kept = Span(start, start + span.rows, span.kv_length, span.reads_pages, span.kv_rows, span.write_end)
@@ -119,4 +120,5 @@ def _without_leaving(
         # A sequence that left has been scored in the layers in front of its exit.
         tuple(entry for entry in layout.scores if entry[0] not in continuations),
     )
-    return hidden.index_select(0, torch.cat(rows)), torch.cat(places), shorter
+    kept_rows = to_device(torch.cat(rows), hidden.device)
+    return hidden.index_select(0, kept_rows), torch.cat(places), shorter

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from redvtp.device import to_device
+
 
 @dataclass(frozen=True, slots=True)
 class KeptPrompt:
     """The prompt's rows that are left.
 
     embeds: [prompt, hidden], visual tokens in place.
-    positions: [prompt] int64, on the device of embeds.
+    positions: [prompt] int64 on the CPU.
     visual_rows: [visual] int64 on the CPU, ascending, the rows that are visual tokens.
     group_of: [visual] int64 on the CPU, the image each of them belongs to.
     groups: visual tokens of each image before any pruning.
@@ -36,7 +38,7 @@ class KeptPrompt:
         groups = tuple(end - start for start, end in visual_spans)
         return cls(
             embeds,
-            torch.arange(embeds.shape[0], device=embeds.device),
+            torch.arange(embeds.shape[0]),
             torch.tensor([row for start, end in visual_spans for row in range(start, end)], dtype=torch.int64),
             torch.arange(len(groups)).repeat_interleave(torch.tensor(groups, dtype=torch.int64)),
             groups,
@@ -67,12 +69,12 @@ class KeptPrompt:
         mask = self.keep_mask(kept)
         is_visual = torch.zeros_like(mask)
         is_visual[self.visual_rows] = True
-        rows = mask.nonzero()[:, 0].to(self.embeds.device)
-        embeds = self.embeds.index_select(0, rows)
+        rows = mask.nonzero()[:, 0]
+        embeds = self.embeds.index_select(0, to_device(rows, self.embeds.device))
         compact = positions == "compact"
         return KeptPrompt(
             embeds,
-            torch.arange(embeds.shape[0], device=embeds.device) if compact else self.positions.index_select(0, rows),
+            torch.arange(rows.numel()) if compact else self.positions.index_select(0, rows),
             is_visual[mask].nonzero()[:, 0],
             self.group_of[kept],
             self.groups,

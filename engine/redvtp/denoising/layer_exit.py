@@ -16,6 +16,7 @@ from redvtp.denoising.page_history import OriginExit
 from redvtp.denoising.planner import rows_without_visual
 from redvtp.denoising.pruner import Moves, Pruner
 from redvtp.denoising.sequence import Sequence
+from redvtp.device import to_device
 from redvtp.kv.compaction import CompactionPlan, compact_each, plan_compaction
 
 
@@ -65,10 +66,10 @@ class LayerExits:
 
     def _compaction(self, sequence: Sequence, kept: Tensor, first: int) -> CompactionPlan:
         """Of the pages in front of the step's rows."""
-        table = torch.tensor(sequence.block_table, device=self._context.device)
-        rows = sequence.keep_mask(kept)[:first].nonzero()[:, 0].to(table.device)
+        table = torch.tensor(sequence.block_table)
+        rows = sequence.keep_mask(kept)[:first].nonzero()[:, 0]
         before = sequence.positions()[rows]
-        after = torch.arange(rows.numel(), device=table.device) if _renumbers(sequence) else before
+        after = torch.arange(rows.numel()) if _renumbers(sequence) else before
         return plan_compaction(table, rows, before, after, self._context.pages.block_size)
 
 
@@ -78,11 +79,13 @@ def hidden_visual(sequence: Sequence, first: int, end: int, slots: Tensor) -> Co
     first, end: the rows its forward computes.
     slots: [rows] int64 of its first rows, those of the prompt or all.
     """
-    stays = rows_without_visual(sequence)[: slots.numel()].to(slots.device)
+    device = slots.device
+    stays = rows_without_visual(sequence)[: slots.numel()]
     own = stays[first:end].nonzero()[:, 0]
     positions = sequence.positions()[first:end][own]
     seen = stays.nonzero()[:, 0]
-    return Continuation(own, positions, slots[first:end][own], seen.numel(), bool(first), seen)
+    write_slots = slots[first:end][to_device(own, device)]
+    return Continuation(own, positions, write_slots, seen.numel(), bool(first), to_device(seen, device))
 
 
 def origin_exit(exit_: LayerExit | None) -> OriginExit | None:
@@ -104,13 +107,10 @@ def _dropped_visual(sequence: Sequence, kept: Tensor, first: int, slots: Tensor)
     first: the row its forward begins with.
     slots: where its rows are in front of the layer; behind it the survivors have the first of them.
     """
-    survives = sequence.keep_mask(kept).to(slots.device)
+    survives = sequence.keep_mask(kept)
     total, before = int(survives.sum()), int(survives[:first].sum())
     own = survives[first:].nonzero()[:, 0]
-    if _renumbers(sequence):
-        positions = torch.arange(before, total, device=slots.device)
-    else:
-        positions = sequence.positions()[first:][own]
+    positions = torch.arange(before, total) if _renumbers(sequence) else sequence.positions()[first:][own]
     return Continuation(own, positions, slots[before:total], total if first else own.numel(), bool(first))
 
 

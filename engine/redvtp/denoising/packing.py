@@ -15,6 +15,7 @@ from torch import Tensor
 
 from redvtp.attention.layout import Layout, Span
 from redvtp.attention.scores import AttentionScores
+from redvtp.device import to_device
 from redvtp.kv.blocks import padded_block_tables, slots_of_tables
 from redvtp.models.dvlm import Dvlm
 
@@ -24,7 +25,7 @@ class Part:
     """One sequence's rows in a packed forward.
 
     prompt_embeds: [prompt rows, hidden]; None without any.
-    prompt_positions: [prompt rows] int64; None without any.
+    prompt_positions: [prompt rows] int64 on the CPU; None without any.
     ids: [ids] int64 on the CPU, of the canvas and suffix rows behind them.
     ids_position: position of the first of those.
     block_table: the sequence's blocks.
@@ -56,7 +57,7 @@ class Packed:
     """A packed forward before its first layer.
 
     hidden: [rows, hidden], input embeddings.
-    positions: [rows] int64.
+    positions: [rows] int64 on the CPU.
     layout: see there.
     slots: for each sequence [blocks * block_size] int64, where its tokens are in the pages.
     """
@@ -70,9 +71,9 @@ class Packed:
 def pack(parts: Many[Part], model: Dvlm, block_size: int) -> Packed:
     """parts: at least one. Either all of them write pages or none does."""
     device = model.device
-    ids = torch.cat([part.ids for part in parts]).to(device)
+    ids = to_device(torch.cat([part.ids for part in parts]), device)
     embedded = model.embed(ids).split([part.ids.numel() for part in parts])
-    counting = torch.arange(max(part.ids_position + part.ids.numel() for part in parts), device=device)
+    counting = torch.arange(max(part.ids_position + part.ids.numel() for part in parts))
     rows: list[Tensor] = []
     positions: list[Tensor] = []
     for part, response in zip(parts, embedded, strict=True):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from redvtp.device import to_device
 from redvtp.kv.rotary import Rotary
 
 
@@ -21,8 +22,8 @@ class OriginExit:
     """Rows that left the forward behind a layer.
 
     layer: the last one that ran on all rows.
-    rows: [rows] int64, those that went on.
-    positions: [rows] int64, theirs behind the layer.
+    rows: [rows] int64 on the CPU, those that went on.
+    positions: [rows] int64 on the CPU, theirs behind the layer.
     in_place: behind the layer they have the slots they have in front of it; otherwise those of the first rows.
     """
 
@@ -36,8 +37,8 @@ class OriginExit:
 class Move:
     """One pruning of pages.
 
-    rows: [rows] int64, those that survived it, into the rows before it.
-    shift: [rows] int64, how far their positions moved.
+    rows: [rows] int64 on the CPU, those that survived it, into the rows before it.
+    shift: [rows] int64 on the CPU, how far their positions moved.
     layers: those whose pages it moved.
     """
 
@@ -51,7 +52,7 @@ class PageOrigin:
     """A forward over the whole sequence, or over the prompt alone, whose pages later steps read.
 
     prompt_embeds: [prompt, hidden].
-    prompt_positions: [prompt] int64.
+    prompt_positions: [prompt] int64 on the CPU.
     ids: [tokens] int64 on the CPU, canvas and suffix as it saw them; empty where the prompt was computed alone.
     canvas_position: position of the first canvas token.
     exit: None where all rows went through all layers.
@@ -74,15 +75,17 @@ class PageOrigin:
         """A layer's keys and values [tokens, kv_heads, head_dim] as the prunings left them in the pages."""
         for move in self.moves:
             if layer in move.layers:
+                rows, shift = (to_device(part, key.device) for part in (move.rows, move.shift))
                 # Apply each rotation separately: their rounding does not add up.
-                key, value = rotary.rotate(key.index_select(0, move.rows), move.shift), value.index_select(0, move.rows)
+                key, value = rotary.rotate(key.index_select(0, rows), shift), value.index_select(0, rows)
         return key, value
 
     def written(self, layer: int, slots: Tensor) -> Tensor:
         """Those of slots [rows], the first ones of a sequence, that a layer has written."""
         if self.exit is None or not self.exit.in_place or layer <= self.exit.layer:
             return slots
-        return slots[self.exit.rows[self.exit.rows < slots.numel()]]
+        rows = self.exit.rows[self.exit.rows < slots.numel()]
+        return slots[to_device(rows, slots.device)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class CanvasOrigin:
 
     first_row: the row it began with.
     prompt_embeds: [rows, hidden], those in front of the canvas that it computed too.
-    prompt_positions: [rows] int64.
+    prompt_positions: [rows] int64 on the CPU.
     ids: [tokens] int64 on the CPU, canvas and suffix as it saw them.
     canvas_position: position of the first canvas token.
     """

@@ -13,6 +13,7 @@ from redvtp.denoising.packing import Part, pack
 from redvtp.denoising.planner import plan_step, withdraw_layer
 from redvtp.denoising.restore import origin_of
 from redvtp.denoising.sequence import Sequence
+from redvtp.device import on_device
 
 # It has no rows behind the prompt.
 _NO_IDS = torch.zeros(0, dtype=torch.int64)
@@ -44,8 +45,8 @@ def encode_prompts(context: Context, steps: list[SequenceStep]) -> None:
     for step, row_layers in zip(steps, output.row_layers, strict=True):
         step.row_layers += row_layers
     if context.model.config.family.sampler.shifted_logits:
-        ends = torch.tensor([span.end for span in output.spans], device=context.device)
-        _decide_first(context, [step.sequence for step in steps], output.hidden[ends - 1])
+        last = on_device([span.end - 1 for span in output.spans], torch.int64, context.device)
+        _decide_first(context, [step.sequence for step in steps], output.hidden.index_select(0, last))
     for step in steps:
         # The first token may have completed a canvas block.
         step.plan, step.canvas_block = plan_step(step.sequence), step.sequence.canvas.block

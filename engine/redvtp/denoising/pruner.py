@@ -17,6 +17,7 @@ from redvtp.denoising.page_history import Move
 from redvtp.denoising.planner import plan_step
 from redvtp.denoising.ranks import ALONE, Ranks
 from redvtp.denoising.sequence import Sequence
+from redvtp.device import to_device
 from redvtp.kv.blocks import blocks_needed
 from redvtp.kv.compaction import CompactionPlan, plan_compaction
 from redvtp.kv.pages import KVPages
@@ -55,7 +56,7 @@ class Pruner:
     def importances(self, found: Mapping[int, AttentionScores], counting: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """[visual] float32 on the CPU for each of these scores, the same on all ranks.
 
-        counting: for scores by row [rows] bool, which of the rows count; all of them where there is no entry.
+        counting: for scores by row [rows] bool on the CPU, which of the rows count; all where there is no entry.
         """
         if not found:
             return {}
@@ -66,9 +67,10 @@ class Pruner:
                 if found[index].averaged:
                     means.append(rows[0])
                 elif index in counting:
-                    means.append(masked_row_importance(rows, counting[index].to(rows.device)))
+                    means.append(masked_row_importance(rows, counting[index]))
                 else:
                     means.append(rows.mean(0))
+            # The host chooses by these numbers and waits for them here.
             decided = self._ranks.broadcast_from_rank0(torch.cat(means)).cpu()
             return dict(zip(scored, decided.split([part.numel() for part in means]), strict=True))
 
@@ -78,12 +80,12 @@ class Pruner:
         assert policy is not None
         features = None
         if policy.scorer.looks_at_features:
-            features = prompt.embeds.index_select(0, prompt.visual_rows.to(self._device))
+            features = prompt.embeds.index_select(0, to_device(prompt.visual_rows, self._device))
         evidence = Evidence(prompt.num_visual, features, attention, policy.request_scores, sequence.draws(step))
         if features is None:
             return policy.scorer.score(evidence)
         with self._clock.measure("score"):
-            importance = policy.scorer.score(evidence).to(self._device)
+            importance = to_device(policy.scorer.score(evidence), self._device)
             return self._ranks.broadcast_from_rank0(importance).cpu()
 
     def _summed_over_ranks(self, scored: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -136,7 +138,7 @@ class Pruner:
         moved: those whose pages moved in the end.
         """
         with self._clock.measure("compaction"):
-            table = torch.tensor(sequence.block_table, device=self._device)
+            table = torch.tensor(sequence.block_table)
             shortened = sequence.drop_visual(kept)
             # What the next step computes again is about to be overwritten.
             left = 0 if sequence.finished else plan_step(sequence).first_row

@@ -49,8 +49,8 @@ class PruningProgress:
 class Shortened:
     """What compaction needs of a pruning, over prompt, canvas and suffix.
 
-    rows: [left] int64, the surviving rows.
-    before, after: [left] int64, their positions.
+    rows: [left] int64 on the CPU, the surviving rows.
+    before, after: [left] int64 on the CPU, their positions.
     """
 
     rows: Tensor
@@ -151,10 +151,9 @@ class Sequence:
         return torch.cat((self.canvas.tokens, self.suffix_ids)) if self.suffix_ids.numel() else self.canvas.tokens
 
     def positions(self) -> Tensor:
-        """[total_length] int64, of prompt, canvas and suffix."""
+        """[total_length] int64 on the CPU, of prompt, canvas and suffix."""
         first, count = self.prompt.canvas_position, self.total_length - self.prompt.length
-        response = torch.arange(first, first + count, device=self.prompt.positions.device)
-        return torch.cat((self.prompt.positions, response))
+        return torch.cat((self.prompt.positions, torch.arange(first, first + count)))
 
     def keep_mask(self, kept: Tensor) -> Tensor:
         """[total_length] bool, what remains with only the visual tokens `kept` ([kept] int64, ascending)."""
@@ -165,7 +164,7 @@ class Sequence:
         """Keep only the visual tokens `kept` ([kept] int64, ascending, into the present ones)."""
         assert self.policy is not None, "only a policy drops tokens"
         before = self.positions()
-        rows = self.keep_mask(kept).nonzero()[:, 0].to(before.device)
+        rows = self.keep_mask(kept).nonzero()[:, 0]
         seen = self.steps_done > 0
         self.prompt = self.prompt.keep(kept, self.policy.positions)
         self.pruning = replace(self.pruning, dropped=seen)

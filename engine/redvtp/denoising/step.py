@@ -34,6 +34,7 @@ from redvtp.denoising.pruner import Moves, Pruner
 from redvtp.denoising.ranks import ALONE, Ranks
 from redvtp.denoising.restore import note_pages, restore_pages
 from redvtp.denoising.sequence import Sequence
+from redvtp.device import current, to_device
 from redvtp.kv.blocks import blocks_needed
 from redvtp.kv.compaction import compact_each
 from redvtp.kv.pages import KVPages
@@ -83,6 +84,10 @@ class DenoisingRunner:
     @torch.inference_mode()
     def step(self, batch: list[Sequence]) -> list[StepReport]:
         """One denoising step of every sequence. Returns a report for each, in order."""
+        with current(self.context.device):
+            return self._step(batch)
+
+    def _step(self, batch: list[Sequence]) -> list[StepReport]:
         steps = self.begin(batch)
         restore_pages(self.context, steps)
         encode_prompts(self.context, steps)
@@ -96,7 +101,7 @@ class DenoisingRunner:
             self._prune(unfinished)
         for step in steps:
             _finish(step)
-        self.clock.collect()
+        self.clock.collect(wait=False)
         return [self._report(step) for step in steps]
 
     def begin(self, batch: list[Sequence]) -> list[SequenceStep]:
@@ -113,7 +118,7 @@ class DenoisingRunner:
     def forward(self, steps: list[SequenceStep]) -> ForwardOutput:
         """The model over every sequence's next step. Writes and moves K/V pages; changes no sequence."""
         for step in steps:
-            step.scores = self._scores(step)
+            self._score(step)
         packed = pack([_part(step) for step in steps], self.context.model, self.context.pages.block_size)
         exits = LayerExits(self.context, self._pruner, steps, packed.slots)
         language_model = self.context.model.language_model
@@ -122,21 +127,22 @@ class DenoisingRunner:
             step.row_layers += row_layers
         return output
 
-    def _scores(self, step: SequenceStep) -> AttentionScores | None:
-        """Where the attention of a step's rows is summed up; None where it is not measured."""
+    def _score(self, step: SequenceStep) -> None:
+        """Prepare the sums of the attention of a step's rows, where it is measured."""
         sequence, plan = step.sequence, step.plan
         observed = self.observe is not None and plan.kind == "full" and sequence.prompt.num_visual > 0
         if not (observed or plan.measures_attention):
-            return None
+            return
         device, config, policy = self.context.device, self.context.model.config, sequence.policy
         layers = range(config.num_hidden_layers) if policy is None else range(*policy.layers)
         hidden_behind = withdraw_layer(sequence)
         if hidden_behind is not None:
             # Deeper layers have no visual rows to score.
             layers = layers[: hidden_behind + 1]
-        return AttentionScores(
-            (scored_rows(sequence, plan.first_candidate) - plan.first_row).to(device),
-            sequence.prompt.visual_rows.to(device),
+        step.scored_rows = scored_rows(sequence, plan.first_candidate)
+        step.scores = AttentionScores(
+            to_device(step.scored_rows - plan.first_row, device),
+            to_device(sequence.prompt.visual_rows, device),
             config.num_attention_heads,
             layers,
             self.clock,
@@ -175,11 +181,10 @@ class DenoisingRunner:
                 continue
             if not scores.averaged:
                 assert step.counting is not None
+                assert step.scored_rows is not None
                 if not bool(step.counting[plan.first_candidate :].any()):
                     continue
-                # scores.rows count from the step's first row; here they become canvas rows.
-                canvas_rows = scores.rows.cpu() + (plan.first_row - step.sequence.prompt.length)
-                counting[index] = step.counting[canvas_rows]
+                counting[index] = step.counting[step.scored_rows - step.sequence.prompt.length]
             found[index] = scores
         return self._pruner.importances(found, counting)
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from redvtp.device import on_device
+
 # Rows that one program reads before it writes them.
 TILE_ROWS = 32
 _POINTEES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -84,9 +86,7 @@ def move_rows(
     """
     like = keys[0]
     addresses = [pages.data_ptr() for layer in zip(keys, values, strict=True) for pages in layer]
-    pages = torch.tensor(addresses, dtype=torch.int64)
-    if like.is_cuda:
-        pages = pages.pin_memory().to(like.device, non_blocking=True)
+    pages = on_device(addresses, torch.int64, like.device)
     half = like.shape[3] // 2
     _move_rows_kernel[(len(addresses), like.shape[2], ends.numel() - 1)](
         pages,

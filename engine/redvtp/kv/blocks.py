@@ -11,6 +11,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from redvtp.device import on_device
+
 
 def blocks_needed(tokens: int, block_size: int) -> int:
     """Blocks that hold `tokens` tokens."""
@@ -31,7 +33,7 @@ def slots_of(block_table: Tensor, start: int, end: int, block_size: int) -> Tens
 def padded_block_tables(tables: list[list[int]], device: torch.device) -> Tensor:
     """[sequences, blocks] int64, each padded with 0."""
     widest = max(map(len, tables))
-    return torch.tensor([table + [0] * (widest - len(table)) for table in tables], dtype=torch.int64, device=device)
+    return on_device([table + [0] * (widest - len(table)) for table in tables], torch.int64, device)
 
 
 def slots_of_tables(tables: Tensor, block_size: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Which rows of a paged KV cache survive a pruning, and where they go.
 
 A plan is pure data (source slots, destination slots, how far each key's position moves), made once for each pruning on
-the host and applied to every layer by `compact`. Sources and destinations overlap: torch reads all of a layer's sources
-before it writes, the kernel goes forward through each sequence.
+the host, sent once, and applied to every layer by `compact`. Sources and destinations overlap: torch reads all of a
+layer's sources before it writes, the kernel goes forward through each sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from redvtp.device import on_device
+from redvtp.device import on_device, to_device
 from redvtp.kernels.choice import runs_kernels
 from redvtp.kv.blocks import slots_of
 from redvtp.kv.pages import KVPages
@@ -22,8 +22,8 @@ from redvtp.kv.rotary import Rotary
 
 @dataclass(frozen=True, slots=True)
 class CompactionPlan:
-    """sources, destinations: [rows] int64 slots, of one sequence after another. No row of a sequence goes back, and
-    those behind it come from further behind.
+    """sources, destinations: [rows] int64 slots on the CPU, of one sequence after another. No row of a sequence goes
+    back, and those behind it come from further behind.
     shift: [rows] int64, new position minus old position of each row.
     lengths: rows of each sequence."""
 
@@ -39,6 +39,7 @@ def plan_compaction(
     """Move the rows `kept` of one sequence to the front of its block table.
 
     block_table: [blocks] int64. kept: [kept] int64, ascending logical rows. old_positions, new_positions: [kept] int64.
+    All on the CPU.
     """
     destinations = slots_of(block_table, 0, kept.numel(), block_size)
     sources = block_table[kept // block_size] * block_size + kept % block_size
@@ -69,14 +70,13 @@ def compact(cache: KVPages, plan: CompactionPlan, rotary: Rotary, layers: range 
     if cache.row_major and runs_kernels(cache.keys[0]):
         from redvtp.kernels.triton_moves import move_rows
 
+        device = cache.keys[0].device
         move_rows(
             [cache.keys[layer] for layer in chosen],
             [cache.values[layer] for layer in chosen],
-            plan.sources,
-            plan.destinations,
-            plan.shift,
-            on_device([0, *accumulate(plan.lengths)], torch.int32, plan.sources.device),
-            rotary.inverse_frequencies(plan.sources.device),
+            *_sent(plan.sources, plan.destinations, plan.shift, device),
+            on_device([0, *accumulate(plan.lengths)], torch.int32, device),
+            rotary.inverse_frequencies(device),
         )
     else:
         compact_in_torch(cache, plan, rotary, chosen)
@@ -89,8 +89,15 @@ def compact_in_torch(cache: KVPages, plan: CompactionPlan, rotary: Rotary, layer
     if sources.numel() == 0:
         return
     turn = bool((shift != 0).any())
+    sources, destinations, shift = _sent(sources, destinations, shift, cache.keys[0].device)
     for layer in layers:
         key, value = cache.read(layer, sources)
         if turn:
             key = rotary.rotate(key, shift)
         cache.write(layer, destinations, key, value)
+
+
+def _sent(sources: Tensor, destinations: Tensor, shift: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers of a plan on the device, in one copy."""
+    sources, destinations, shift = to_device(torch.stack((sources, destinations, shift)), device)
+    return sources, destinations, shift

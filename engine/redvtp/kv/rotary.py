@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redvtp.device import to_device
+
 
 class Rotary:
     """RoPE with angles in float32 (reference: LLaDA's rotary embedding).
@@ -25,7 +27,7 @@ class Rotary:
     def inverse_frequencies(self, device: torch.device) -> Tensor:
         """[head_dim / 2] float32: how far a channel pair turns from one position to the next."""
         if self._inverse_frequencies.device != device:
-            self._inverse_frequencies = self._inverse_frequencies.to(device)
+            self._inverse_frequencies = to_device(self._inverse_frequencies, device)
         return self._inverse_frequencies
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:

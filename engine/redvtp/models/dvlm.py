@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from redvtp.families.config import DvlmConfig
+from redvtp.models.operations import TORCH, Operations
 from redvtp.models.transformer import TP_PLAN, Transformer
 
 
@@ -17,11 +18,11 @@ class Dvlm(nn.Module):
 
     TP_PLAN = TP_PLAN
 
-    def __init__(self, config: DvlmConfig) -> None:
+    def __init__(self, config: DvlmConfig, operations: Operations = TORCH) -> None:
         super().__init__()
         self.config = config
         self.vision = config.vision.build(config.hidden_size)
-        self.language_model = Transformer(config)
+        self.language_model = Transformer(config, operations)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,7 +3,8 @@
 Families differ in tensor names and in biases only: the family's weight names and `LanguageConfig` say how.
 
 Attention is an argument of each step (see redvtp.attention), so the model is independent of pages, batches and
-pruning. The linears are plain `nn.Linear`s; tensor parallelism and quantisation replace them by `TP_PLAN`.
+pruning. The linears are plain `nn.Linear`s; tensor parallelism and quantisation replace them by `TP_PLAN`. So are
+`Operations`: a driver with fused kernels hands in its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch.nn import functional
 
 from redvtp.attention.interface import LayerAttention
 from redvtp.families.language import LanguageConfig
-from redvtp.kv.rotary import Rotary, apply_rotary
+from redvtp.kv.rotary import Rotary
+from redvtp.models.operations import TORCH, Operations, Rotate
 
 # How each linear of a layer splits over tensor-parallel ranks, by its leaf name.
 TP_PLAN: dict[str, str] = {
@@ -29,16 +31,16 @@ TP_PLAN: dict[str, str] = {
 
 
 class RmsNorm(nn.Module):
-    """RMS normalisation in float32; the weight is applied after the cast back (reference: LLaDA)."""
+    """RMS normalisation, see `Operations`."""
 
-    def __init__(self, hidden_size: int, eps: float) -> None:
+    def __init__(self, hidden_size: int, eps: float, operations: Operations) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
+        self._operations = operations
 
     def forward(self, hidden: Tensor) -> Tensor:
-        normed = functional.rms_norm(hidden.float(), (hidden.shape[-1],), None, self.eps)
-        return normed.to(hidden.dtype) * self.weight
+        return self._operations.rms_norm(hidden, self.weight, self.eps)
 
 
 class SelfAttention(nn.Module):
@@ -53,10 +55,10 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: LayerAttention) -> Tensor:
+    def forward(self, hidden: Tensor, rotate: Rotate, layer: int, attention: LayerAttention) -> Tensor:
         tokens = hidden.shape[0]
-        query = apply_rotary(self.q_proj(hidden).view(tokens, -1, self.head_dim), cos, sin)
-        key = apply_rotary(self.k_proj(hidden).view(tokens, -1, self.head_dim), cos, sin)
+        query = self.q_proj(hidden).view(tokens, -1, self.head_dim)
+        query, key = rotate(query, self.k_proj(hidden).view(tokens, -1, self.head_dim))
         value = self.v_proj(hidden).view(tokens, -1, self.head_dim)
         output: Tensor = self.o_proj(attention(layer, query, key, value).reshape(tokens, -1))
         return output
@@ -80,15 +82,15 @@ class GatedMlp(nn.Module):
 class TransformerLayer(nn.Module):
     """Pre-norm attention and MLP with residuals."""
 
-    def __init__(self, shape: LanguageConfig) -> None:
+    def __init__(self, shape: LanguageConfig, operations: Operations) -> None:
         super().__init__()
-        self.input_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.input_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps, operations)
         self.self_attn = SelfAttention(shape)
-        self.post_attention_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps, operations)
         self.mlp = GatedMlp(shape)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, layer: int, attention: LayerAttention) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos, sin, layer, attention)
+    def forward(self, hidden: Tensor, rotate: Rotate, layer: int, attention: LayerAttention) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotate, layer, attention)
         output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return output
 
@@ -96,11 +98,12 @@ class TransformerLayer(nn.Module):
 class Transformer(nn.Module):
     """Embedding, layers, final norm and head."""
 
-    def __init__(self, shape: LanguageConfig) -> None:
+    def __init__(self, shape: LanguageConfig, operations: Operations = TORCH) -> None:
         super().__init__()
+        self.operations = operations
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(TransformerLayer(shape) for _ in range(shape.num_hidden_layers))
-        self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.layers = nn.ModuleList(TransformerLayer(shape, operations) for _ in range(shape.num_hidden_layers))
+        self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps, operations)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.rotary = Rotary(shape.head_dim, shape.rope_theta)
 
@@ -111,9 +114,9 @@ class Transformer(nn.Module):
 
         layers: a range of the layers; a later range takes the output of the one before. None: all layers.
         """
-        cos, sin = (angle.to(hidden.dtype) for angle in self.rotary.angles(positions))
+        rotate = self.operations.rotation(*(angle.to(hidden.dtype) for angle in self.rotary.angles(positions)))
         for index in layers if layers is not None else range(len(self.layers)):
-            hidden = self.layers[index](hidden, cos, sin, index, attention)
+            hidden = self.layers[index](hidden, rotate, index, attention)
         return hidden
 
     def logits(self, hidden: Tensor, vocab: int) -> Tensor:

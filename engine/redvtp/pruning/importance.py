@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from redvtp.device import to_device
+
 # Leading directions. The spectra of image features fall steeply; more directions bring the score closer to the plain
 # length of a feature, which a few outlier channels rule.
 DIRECTIONS = 32
@@ -35,7 +37,7 @@ def feature_importance(features: Tensor) -> Tensor:
     directions = min(DIRECTIONS, visual, hidden)
     width = min(directions + _SPARE, visual, hidden)
     start = torch.randn(hidden, width, generator=torch.Generator().manual_seed(0))
-    basis = start.to(wide.device)
+    basis = to_device(start, wide.device)
     for _ in range(_ROUNDS):
         basis = torch.linalg.qr(wide.T @ torch.linalg.qr(wide @ basis).Q).Q
     projected = wide @ basis
@@ -49,9 +51,10 @@ def masked_row_importance(attention: Tensor, still_masked: Tensor) -> Tensor:
     """Importance of each visual token to some canvas rows, as a rule those that are undecided (RedVTP, section 3).
 
     attention: [rows, visual] float32, mean over layers and heads.
-    still_masked: [rows] bool, the rows that count: masked after this step's commit, or just committed.
+    still_masked: [rows] bool on the CPU, the rows that count: masked after this step's commit, or just committed.
     Returns [visual] float32. Raises ValueError when no row counts: nothing is left to decide, so do not prune.
     """
-    if not bool(still_masked.any()):
+    counting = still_masked.nonzero()[:, 0]
+    if not counting.numel():
         raise ValueError("no response row is masked; there is nothing left to prune for")
-    return attention[still_masked].mean(0)
+    return attention.index_select(0, to_device(counting, attention.device)).mean(0)

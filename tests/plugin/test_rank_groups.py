@@ -1,0 +1,52 @@
+"""Tensors of the device go over the device's process group, flags of the host over the CPU's.
+
+NCCL, the device group's backend on CUDA, takes no tensor of the host; gloo, which it is here, takes any. That what is
+handed to ranks is on the device shows in tests/engine/test_second_device.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from devices import needs_two_ranks
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@needs_two_ranks
+def test_each_tensor_goes_to_the_group_of_its_device() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "plugin.rank_groups"],
+        cwd=TESTS,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if "RESULT " in line]
+    assert len(lines) == 1, done.stdout[-6000:]
+    found = json.loads(lines[0].partition("RESULT ")[2])
+    got, expected = found["tokens"]
+    assert got == expected
+    assert len(found["noted"]) == 2
+    for noted in found["noted"]:
+        # vLLM sums in shared memory on some processors, and through torch on others.
+        assert [each for each in noted if each != ["all_reduce", "device", "torch.float32"]] == [
+            # Whether a rank failed.
+            ["all_reduce", "cpu", "torch.int32"],
+            # Importance of visual tokens, confidence, tokens.
+            ["broadcast", "device", "torch.float32"],
+            ["broadcast", "device", "torch.float64"],
+            ["broadcast", "device", "torch.int64"],
+            # Activations and scores.
+            ["sum", "device", "torch.float32"],
+        ]
