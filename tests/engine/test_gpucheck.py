@@ -31,6 +31,7 @@ from redvtp.gpucheck.margins import StepEvidence
 from redvtp.gpucheck.model import PUBLISHED, SMALL, RandomModel, block_tables, config_of, random_model
 from redvtp.gpucheck.report import FAILED, PASSED, Report
 from redvtp.gpucheck.settings import Setting, needed_bytes, settings
+from redvtp.kernels import score
 from redvtp.kv.pages import KVPages, PagedKVCache
 from redvtp.params import DenoisingParams, PruningParams
 from redvtp.reports import StepReport
@@ -167,10 +168,10 @@ def test_a_kernel_that_differs_is_reported(
     if name == "compact":
         monkeypatch.setattr(kernels, "compact", lambda pages, plan, rotary: None)
     elif name == "log_sum_exp":
-        right = kernels.score.log_sum_exp_in_torch
-        monkeypatch.setattr(kernels.score, "log_sum_exp", lambda *given: right(*given) + 1e-3)
+        right = score.log_sum_exp_in_torch
+        monkeypatch.setattr(score, "log_sum_exp", lambda *given: right(*given) + 1e-3)
     else:
-        monkeypatch.setattr(kernels.score, "score_sums", lambda *given: None)
+        monkeypatch.setattr(score, "score_sums", lambda *given: None)
     said = {"compact": "compaction", "log_sum_exp": "log-sum-exp", "score_sums": "score sums"}[name]
     report = report_of_kernels()
     assert report.failed
@@ -296,7 +297,7 @@ def test_a_near_tie_of_visual_tokens_is_excused(third: float, near: bool) -> Non
 
 def test_not_finite_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     made = random_model(SMALL, CPU.device, torch.float32)
-    made.model.language_model.layers[0].mlp.down_proj.weight.data[0, 0] = float("inf")
+    made.model.language_model.get_parameter("layers.0.mlp.down_proj.weight").data[0, 0] = float("inf")
     monkeypatch.setattr(speed, "random_model", lambda *given: made)
     monkeypatch.setattr(speed, "settings", lambda names: list(settings(names))[:1])
     report = _report()
@@ -398,4 +399,4 @@ def test_the_published_sizes_cost_what_is_known_of_them() -> None:
 def test_no_card_is_said_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
-    assert "torch finds no card here" in capsys.readouterr().err
+    assert "finds no GPU here" in capsys.readouterr().err

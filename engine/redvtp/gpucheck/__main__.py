@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from redvtp.device import configure_torch, named_device
+from redvtp.errors import InvalidRequest
 from redvtp.gpucheck.attention import check_attention
 from redvtp.gpucheck.budget import Budget
 from redvtp.gpucheck.golden_runs import check_golden
@@ -36,9 +38,10 @@ _RESERVE_MINUTES = 0.3
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("gpucheck: error: --device cuda: torch finds no card here; --device cpu --small runs", file=sys.stderr)
+    try:
+        device = named_device(options.device)
+    except InvalidRequest as error:
+        print(f"gpucheck: error: {error}; --device cpu --small runs everywhere", file=sys.stderr)
         return 2
     started, machine = time.monotonic(), Machine(device, options.small)
     budget = Budget.of_minutes(max(0.0, options.minutes - _RESERVE_MINUTES))
@@ -59,9 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _settle(device: torch.device) -> None:
-    """float32 is float32, and nothing depends on how many cores are busy with something else."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    """As an engine sets torch; on a CPU one thread, so that other processes show as little as they can."""
+    configure_torch(exact_products=True)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:

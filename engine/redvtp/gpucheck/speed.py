@@ -191,6 +191,8 @@ def _request(
         before = dict(runner.clock.seconds)
         reports: list[StepReport] = []
         ms = machine.milliseconds(lambda reports=reports: reports.extend(runner.step(sequences)))  # type: ignore[misc]
+        # What the step ended with, such as compaction, was still under way when it collected.
+        runner.clock.collect()
         what = f"{reports[0].kind} step" if number else "first step"
         rows = sum(one.rows for one in work)
         samples.append(_Sample(what, rows, ms, step_cost(made.model.config, made.model.dtype.itemsize, work)))
