@@ -68,22 +68,21 @@ def follow(engine: LocalEngine, run: GoldenRun) -> Divergence | None:
 
 
 def _compared(engine: LocalEngine, run: GoldenRun, sequence: Sequence, head: _LastOutput) -> Divergence | None:
-    compared, mask = run.entry["compared"], engine.special.mask_id
+    compared, mask, kept = run.entry["compared"], engine.special.mask_id, run.kept()
     for step, reference in enumerate(run.canvases()):
         if sequence.finished:
             return Divergence(f"ended after {step} steps", None, 0.0)
         steps = engine.runner.begin([sequence])
         before = sequence.canvas.copy()
         (report,) = engine.runner.step([sequence])
-        rows = before.masked_rows(steps[0].plan.first_candidate)
-        evidence = _evidence(engine, sequence, rows, step, head.output)
-        ours = report.canvas
-        found = margins.of_canvas(step, ours[:compared], reference[:compared], mask, evidence)
-        kept = run.kept()
-        if found is None and report.pruning is not None and kept is not None:
+        ours, theirs = report.canvas[:compared], reference[:compared]
+        if ours != theirs:
+            rows = before.masked_rows(steps[0].plan.first_candidate)
+            return margins.of_canvas(step, ours, theirs, mask, _evidence(engine, sequence, rows, step, head.output))
+        if report.pruning is not None and kept is not None:
             found = margins.of_kept(step, report.pruning.kept, kept, report.pruning.importance)
-        if found is not None:
-            return found
+            if found is not None:
+                return found
     if not sequence.finished or sequence.output_ids != run.entry["output"]:
         return Divergence(f"output {sequence.output_ids} instead of {run.entry['output']}", None, 0.0)
     return None

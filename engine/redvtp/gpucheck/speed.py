@@ -172,7 +172,9 @@ def _samples(machine: Machine, report: Report, budget: Budget, made: RandomModel
     detail = f"{kept} of {sizes.visual} visual tokens kept, {'finite' if finite else 'NOT FINITE'}"
     report.add(PART, str(setting), kept == wanted and finite, detail)
     if setting.profiled:
-        report.kernels += busiest_kernels(machine, runner, sequences, str(setting))
+        # A machine may not let its counters be read.
+        with report.checking(PART, f"{setting}: profile"):
+            report.kernels += busiest_kernels(machine, runner, sequences, str(setting))
     return samples
 
 
