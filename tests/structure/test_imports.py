@@ -33,7 +33,7 @@ ORDER = {
         ("local",),
         ("trace",),
         ("heatmap", "engines", "doctor"),
-        ("evaluation",),
+        ("evaluation", "gpucheck"),
         ("cli",),
     ),
     "vllm_redvtp": (

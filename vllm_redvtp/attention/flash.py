@@ -60,15 +60,17 @@ class FlashKernel:
 
 
 def _obstacle(vllm_config: VllmConfig) -> str | None:
+    head_dim, block_size = engine_config(vllm_config.model_config).head_dim, vllm_config.cache_config.block_size
+    return flash_obstacle(vllm_config.model_config.dtype, head_dim, block_size)
+
+
+def flash_obstacle(dtype: Any, head_dim: int, block_size: int) -> str | None:
+    """Why it cannot serve on this machine; None where it can."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cuda():
         return f"FlashAttention is for NVIDIA's cards, not for {current_platform.device_name}"
-    return unsupported(
-        vllm_config.model_config.dtype,
-        engine_config(vllm_config.model_config).head_dim,
-        vllm_config.cache_config.block_size,
-    ) or _not_built(engine_config(vllm_config.model_config).head_dim)
+    return unsupported(dtype, head_dim, block_size) or _not_built(head_dim)
 
 
 def unsupported(dtype: Any, head_dim: int, block_size: int) -> str | None:

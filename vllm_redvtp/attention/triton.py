@@ -60,6 +60,11 @@ class TritonKernel:
 
 
 def _obstacle(vllm_config: VllmConfig) -> str | None:
+    return triton_obstacle(vllm_config.cache_config.block_size)
+
+
+def triton_obstacle(block_size: int) -> str | None:
+    """Why it cannot serve on this machine; None where it can."""
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
@@ -67,7 +72,6 @@ def _obstacle(vllm_config: VllmConfig) -> str | None:
         return f"Triton's kernels are for graphics cards, not for {current_platform.device_name}"
     if not HAS_TRITON:
         return "Triton is not installed, or finds no driver for this card"
-    block_size = vllm_config.cache_config.block_size
     if block_size % _BLOCK_MULTIPLE:
         return f"Triton's kernel needs a --block-size that {_BLOCK_MULTIPLE} divides, not {block_size}"
     return None
