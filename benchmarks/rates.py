@@ -223,12 +223,8 @@ def mean(machines: Sequence[Machine]) -> Machine:
 
 def described(machine: Machine) -> str:
     """Its rates."""
-    kinds = (
-        f"{kind} {_per_second(cost.flop, 'GFLOP/s')} and {_per_second(cost.byte, 'GB/s')}"
-        for kind, cost in machine.costs.items()
-    )
+    kinds = []
+    for kind, cost in machine.costs.items():
+        rates = ((cost.flop, "GFLOP/s"), (cost.byte, "GB/s"))
+        kinds.append(f"{kind} {' and '.join(f'{1e-9 / each:.1f} {unit}' for each, unit in rates if each)}")
     return "; ".join((*kinds, f"{machine.gap * 1e6:.1f} us for each launch"))
-
-
-def _per_second(cost: float, unit: str) -> str:
-    return f"{1e-9 / cost:.1f} {unit}" if cost else f"any {unit}"

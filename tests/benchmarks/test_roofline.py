@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from work import ELEMENTWISE, KINDS, PRODUCTS, Work
 
 from conftest import EngineFactory
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
 TINY = [
     *("--hidden", "64", "--intermediate", "128", "--layers", "2", "--heads", "4"),
     *("--tower-hidden", "64", "--tower-layers", "2", "--tile", "56", "--image", "90x60"),
@@ -42,7 +44,7 @@ def printed() -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         lines: list[str] = []
         patch.setattr("builtins.print", lines.append)
-        assert roofline.main(["--batch", "1", "16"]) == 0
+        assert roofline.main([]) == 0
     return lines[0].split("\n\n")
 
 
@@ -54,7 +56,7 @@ def test_every_table_says_that_it_is_predicted(printed: list[str]) -> None:
 
 def test_all_cards_have_a_row_for_each_batch(printed: list[str]) -> None:
     steps, requests, published = (part for part in printed if part.startswith("|"))
-    expected = [(card.name, batch) for card in CARDS for batch in ("1", "16")]
+    expected = [(card.name, batch) for card in CARDS for batch in ("1", "4", "16")]
     assert list(cells(steps)) == list(cells(requests)) == expected
     for card in CARDS:
         assert card.source in published
@@ -83,13 +85,23 @@ def test_what_does_not_fit_a_card_is_left_out(printed: list[str]) -> None:
     assert "-" not in requests["H200", "16"]
 
 
-def test_fused_operations_make_a_step_shorter(capsys: pytest.CaptureFixture[str]) -> None:
-    found = []
-    for flags in ([], ["--fused"]):
-        roofline.main(["--cards", "H100", "--batch", "1", *flags])
-        found.append(cells(capsys.readouterr().out)["H100", "1"])
-    # The second table has the same key: requests per second.
-    assert all(float(fused) >= float(plain) for plain, fused in zip(*found, strict=True))
+def test_the_page_shows_what_the_command_prints(printed: list[str]) -> None:
+    names = tuple(f"| {name}" for name in ("card", *(card.name for card in CARDS)))
+    (section,) = re.findall(r"^## What to expect$.*?(?=^## |\Z)", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    shown, expected = (
+        [line for line in text.splitlines() if line.startswith(names)] for text in (section, "\n".join(printed))
+    )
+    assert shown == expected
+
+
+def test_fused_operations_make_a_step_shorter(printed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    roofline.main(["--cards", "H100", "--batch", "1", "--fused"])
+    for plain, fused in zip(printed, capsys.readouterr().out.split("\n\n"), strict=True):
+        if "response" in plain.partition("\n")[0]:
+            before, after = (cells(table)["H100", "1"] for table in (plain, fused))
+            assert all(float(short) < float(long) for short, long in zip(after, before, strict=True))
+            return
+    pytest.fail("no table of steps")
 
 
 def test_the_help_says_what_is_predicted_and_what_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,15 +55,14 @@ def test_steps_are_those_that_the_engine_takes(
 
 @pytest.mark.parametrize("keep", [None, 0.3])
 @pytest.mark.parametrize("cache", CACHES)
-def test_flops_are_those_that_torch_counts(cache: str, keep: float | None) -> None:
-    case = Case("tiny-llada-v", "wide")
-    request = requested(case, cache, keep)
+def test_flops_are_those_that_torch_counts(engine: EngineFactory, cache: str, keep: float | None) -> None:
+    request = requested(Case("tiny-llada-v", "wide"), cache, keep)
     # No cache of visual tokens: the counted run looks at its picture, too.
-    engine = LocalEngine(case.model_dir, dtype="float32", device="cpu", vision_cache_bytes=0)
-    counted = request_flops(engine, request)
-    (generation,) = engine.generate([request])
-    tiles = sum(item.inputs().shape[0] for item in engine.config.vision.items(request.images))
-    predictor = Predictor(engine.config, FREE, FLOAT32, tiles)
+    tiny = engine("tiny-llada-v", vision_cache_bytes=0)
+    counted = request_flops(tiny, request)
+    (generation,) = tiny.generate([request])
+    tiles = sum(item.inputs().shape[0] for item in tiny.config.vision.items(request.images))
+    predictor = Predictor(tiny.config, FREE, FLOAT32, tiles)
     assert predictor.flops(asked_of(request, generation)) == counted
 
 
