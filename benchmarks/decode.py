@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from decode_report import report
 from flops import request_flops
-from measure import Memory, StepTimes, measure_memory, step_times, stepping, timed_run, touch_cache
+from measure import CLOCKS, Memory, StepTimes, measure_memory, step_times, stepping, timed_run, touch_cache
 from options import model_flags, percent, shape_of, size
 from PIL import Image
 from random_checkpoint import Shape, make_checkpoint, make_image
@@ -117,9 +117,7 @@ class Row:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _options(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse_options(arguments)
     results = run(options)
     print(report(results))
     if options.json:
@@ -128,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything the report says, as data for --json."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
     engine = LocalEngine(
         make_checkpoint(options.workdir, shape_of(options, options.family)),
         dtype=options.dtype,
@@ -208,7 +208,7 @@ def _measure(
             shift = repeat % len(order)
             for setting in order[shift:] + order[:shift]:
                 seconds, measured[setting].generation = timed_run(
-                    engine, requests[setting], steps_bar, all_steps=setting.threshold is None
+                    engine, requests[setting], steps_bar, setting.threshold is None, CLOCKS[options.clock]
                 )
                 measured[setting].latencies.append(seconds)
                 bar.update()
@@ -263,7 +263,8 @@ def _row(engine: LocalEngine, setting: Setting, seen: Measured, dense: Measured)
     )
 
 
-def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, for `run`."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -290,6 +291,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--repeats", type=int, default=3, help="runs of each setting; the fastest counts")
     machine.add_argument("--device", help="cpu or cuda; without it, cuda where there is one")
     machine.add_argument("--threads", type=int, help="torch's threads; without it, torch's choice")
+    machine.add_argument(
+        "--clock", choices=sorted(CLOCKS), default="wall", help="processor: where others work too; with --threads 1"
+    )
     machine.add_argument("--block-size", type=int, default=32, help="tokens in a KV cache block")
     machine.add_argument("--cache-tokens", type=int, default=4096, help="size of the KV cache")
     output = parser.add_argument_group("files and output")
@@ -300,6 +304,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {options.repeats}")
+    if options.clock == "processor" and options.threads != 1:
+        parser.error("--clock processor adds up all threads: use it with --threads 1")
     for threshold in options.thresholds:
         rule: dict[str, Any] = {"threshold": threshold}
         try:

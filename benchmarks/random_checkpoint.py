@@ -1,7 +1,7 @@
 """A random LLaDA-V or LaViDa checkpoint of any size, in the layout of the published one, and a picture to ask it about.
 
 Made once for each size and kept in a work folder. Every linear layer keeps the scale of its input and attention is
-uneven, so scores differ between visual tokens and answers depend on the image.
+uneven, so scores differ between visual tokens and answers depend on the image. No more than one shard is in memory.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from redvtp.families.llada_v import LLADA_V
 from redvtp.families.registry import family_of
 from redvtp.families.weights import WeightNames
+from redvtp.models.loading import INDEX
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "tests" / "golden" / "ckpt"
 # The tiny checkpoint whose tokenizer and settings a family takes over.
@@ -43,6 +44,10 @@ class Shape:
     """Sizes of the language model and of the tower.
 
     tile: the side of the tower's input in pixels.
+    vocab: rows of embedding and head; those behind the tokenizer's are never chosen.
+    tower_inner, tower_heads: None for four times the width, and for heads of 64.
+    dtype: of the weights.
+    shard_bytes: about so many in a file; None for a single file.
     """
 
     family: str
@@ -53,29 +58,81 @@ class Shape:
     tower_hidden: int
     tower_layers: int
     tile: int
+    vocab: int = VOCAB
+    tower_inner: int | None = None
+    tower_heads: int | None = None
+    dtype: str = "float32"
+    shard_bytes: int | None = None
 
 
-def make_checkpoint(workdir: Path, shape: Shape) -> Path:
-    """The checkpoint folder for this shape, written if it is not there yet."""
-    name = hashlib.sha256(json.dumps(asdict(shape)).encode()).hexdigest()[:12]
-    folder = workdir / f"{shape.family}-{name}"
-    if (folder / "complete").exists():
+# LLaDA-V 8B.
+PUBLISHED = Shape(
+    "llada-v", 4096, 12288, 32, 32, 1152, 26, 384,
+    vocab=126_464, tower_inner=4304, tower_heads=16, dtype="bfloat16", shard_bytes=2 << 30,
+)  # fmt: skip
+
+
+def checkpoint_folder(workdir: Path, shape: Shape) -> tuple[Path, bool]:
+    """Where `make_checkpoint` puts the checkpoint, and whether it is there."""
+    folder = workdir / f"{shape.family}-{_digest(shape)}"
+    return folder, (folder / "complete").exists()
+
+
+def _digest(shape: Shape) -> str:
+    return hashlib.sha256(json.dumps(asdict(shape)).encode()).hexdigest()[:12]
+
+
+def make_checkpoint(workdir: Path, shape: Shape, saved: Callable[[Path], object] = lambda _: None) -> Path:
+    """The checkpoint folder for this shape, written if it is not there yet. saved: called with each file of weights."""
+    folder, complete = checkpoint_folder(workdir, shape)
+    if complete:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     for file in TOKENIZER_FILES:
         shutil.copyfile(CHECKPOINTS / TINY[shape.family] / file, folder / file)
     # The name must not be the published tower's, whose geometry is known without a folder.
-    tower = workdir / f"siglip-patch{PATCH}-{name}"
+    tower = workdir / f"siglip-patch{PATCH}-{_digest(shape)}"
     tower.mkdir(exist_ok=True)
     (tower / "config.json").write_text(json.dumps({"vision_config": _tower_config(shape)}))
-    config = _config(shape, tower.name)
+    config = config_of(shape, tower.name)
     (folder / "config.json").write_text(json.dumps(config))
     names = family_of(config).weights
     generator = torch.Generator().manual_seed(0)
-    tensors = {_renamed(tensor_name, names): tensor for tensor_name, tensor in _tensors(shape, generator)}
-    save_file(tensors, folder / "model.safetensors")
+    dtype = getattr(torch, shape.dtype)
+    tensors = ((_renamed(name, names), tensor.to(dtype)) for name, tensor in _tensors(shape, generator))
+    if shape.shard_bytes is None:
+        save_file(dict(tensors), folder / "model.safetensors")
+        saved(folder / "model.safetensors")
+    else:
+        _save_shards(folder, tensors, shape.shard_bytes, saved)
     (folder / "complete").touch()
     return folder
+
+
+def _save_shards(
+    folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int, saved: Callable[[Path], object]
+) -> None:
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(_shards(tensors, shard_bytes)):
+        file = folder / f"model-{number:05}.safetensors"
+        save_file(shard, file)
+        weight_map |= dict.fromkeys(shard, file.name)
+        # The next shard is made while this one's name still holds it.
+        shard.clear()
+        saved(file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _shards(tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    held = 0
+    for name, tensor in tensors:
+        if shard and held + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = tensor
+        held += tensor.nbytes
+    yield shard
 
 
 def make_image(width: int, height: int) -> Image.Image:
@@ -88,7 +145,11 @@ def make_image(width: int, height: int) -> Image.Image:
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 
-def _config(shape: Shape, tower: str) -> dict[str, object]:
+def config_of(shape: Shape, tower: str | None = None) -> dict[str, object]:
+    """Its config.json.
+
+    tower: the name of the vision tower, whose folder lies beside the checkpoint's; None puts its sizes in.
+    """
     config: dict[str, object] = json.loads((CHECKPOINTS / TINY[shape.family] / "config.json").read_text())
     sizes = {
         "hidden_size": shape.hidden,
@@ -96,13 +157,14 @@ def _config(shape: Shape, tower: str) -> dict[str, object]:
         "num_hidden_layers": shape.layers,
         "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.heads,
-        "vocab_size": VOCAB,
+        "vocab_size": shape.vocab,
+        "torch_dtype": shape.dtype,
         "max_position_embeddings": 16384,
     }
     keys = family_of(config).keys
     vision = {
         "mm_hidden_size": shape.tower_hidden,
-        "mm_vision_tower": tower,
+        **({"vision_config": _tower_config(shape)} if tower is None else {"mm_vision_tower": tower}),
         "image_grid_pinpoints": [[i * shape.tile, j * shape.tile] for i, j in GRIDS[shape.family]],
         "tokenizer_model_max_length": 16384,
     }
@@ -119,9 +181,9 @@ def _tower_config(shape: Shape) -> dict[str, object]:
     return {
         "model_type": "siglip_vision_model",
         "hidden_size": shape.tower_hidden,
-        "intermediate_size": 4 * shape.tower_hidden,
+        "intermediate_size": _tower_inner(shape),
         "num_hidden_layers": shape.tower_layers + 1,  # the last one is never run
-        "num_attention_heads": max(1, shape.tower_hidden // 64),
+        "num_attention_heads": shape.tower_heads or max(1, shape.tower_hidden // 64),
         "num_channels": 3,
         "image_size": shape.tile,
         "patch_size": PATCH,
@@ -130,12 +192,16 @@ def _tower_config(shape: Shape) -> dict[str, object]:
     }
 
 
+def _tower_inner(shape: Shape) -> int:
+    return shape.tower_inner or 4 * shape.tower_hidden
+
+
 def _tensors(shape: Shape, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     def matrix(rows: int, columns: int, gain: float = 1.0) -> Tensor:
         return torch.randn(rows, columns, generator=generator).mul_(gain / columns**0.5)
 
     hidden, inner = shape.hidden, shape.intermediate
-    yield "model.embed_tokens.weight", torch.randn(VOCAB, hidden, generator=generator)
+    yield "model.embed_tokens.weight", torch.randn(shape.vocab, hidden, generator=generator)
     for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", torch.ones(hidden)
@@ -146,7 +212,7 @@ def _tensors(shape: Shape, generator: torch.Generator) -> Iterator[tuple[str, Te
         yield f"{prefix}.mlp.up_proj.weight", matrix(inner, hidden)
         yield f"{prefix}.mlp.down_proj.weight", matrix(hidden, inner)
     yield "model.norm.weight", torch.ones(hidden)
-    head = matrix(VOCAB, hidden, gain=4.0)
+    head = matrix(shape.vocab, hidden, gain=4.0)
     # Never chosen: a position that proposes the mask stays undecided, and steps would vary with the weights.
     head[MASK_ID] = 0
     yield "lm_head.weight", head
@@ -158,7 +224,7 @@ def _tensors(shape: Shape, generator: torch.Generator) -> Iterator[tuple[str, Te
 
 
 def _tower_tensors(shape: Shape, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-    width = shape.tower_hidden
+    width, inner = shape.tower_hidden, _tower_inner(shape)
     tower = "model.vision_tower.vision_tower.vision_model"
     patches = (shape.tile // PATCH) ** 2
 
@@ -177,7 +243,7 @@ def _tower_tensors(shape: Shape, generator: torch.Generator) -> Iterator[tuple[s
             yield f"{prefix}.{norm}.bias", torch.zeros(width)
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             yield from linear(f"{prefix}.self_attn.{name}", width, width)
-        yield from linear(f"{prefix}.mlp.fc1", 4 * width, width)
-        yield from linear(f"{prefix}.mlp.fc2", width, 4 * width)
+        yield from linear(f"{prefix}.mlp.fc1", inner, width)
+        yield from linear(f"{prefix}.mlp.fc2", width, inner)
     yield f"{tower}.post_layernorm.weight", torch.ones(width)
     yield f"{tower}.post_layernorm.bias", torch.zeros(width)
