@@ -32,6 +32,7 @@ from work import (
 from redvtp.families.config import DvlmConfig
 from redvtp.kv.pages import PagedKVCache
 from redvtp.kv.rotary import Rotary, apply_rotary
+from redvtp.models.operations import TORCH
 from redvtp.models.transformer import RmsNorm
 
 # Rows of a product, of a query, of a norm. What is predicted has other numbers of rows.
@@ -175,7 +176,7 @@ def _gathers(bench: Bench, rows: int) -> Pass:
 
 def _elementwise(bench: Bench, rows: int) -> Pass:
     config = bench.config
-    norm = RmsNorm(config.hidden_size, config.rms_norm_eps).to(bench.dtype)
+    norm = RmsNorm(config.hidden_size, config.rms_norm_eps, TORCH).to(bench.dtype)
     cos, sin = (part.to(bench.dtype) for part in Rotary(config.head_dim, config.rope_theta).angles(torch.arange(rows)))
     hidden, change = bench.random(rows, config.hidden_size), bench.random(rows, config.hidden_size)
     query, key = (

@@ -26,7 +26,7 @@ ELEMENTWISE = "elementwise"
 GATHERS = "gathers"
 KINDS = (PRODUCTS, ATTENTION, ELEMENTWISE, GATHERS)
 # Calls of a step outside its layers: for packing and proposals, for the choice of visual tokens, for their moves.
-CALLS_AROUND, CALLS_TO_CHOOSE, CALLS_TO_MOVE = 36, 45, 20
+CALLS_AROUND, CALLS_TO_CHOOSE, CALLS_TO_MOVE = 40, 45, 20
 
 
 @dataclass(frozen=True, slots=True)
