@@ -47,6 +47,7 @@ class _ByServer(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
         return "tests/serving" if shares else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByServer | None:
     return _ByServer(config, log) if config.getvalue("dist") == "loadfile" else None
 

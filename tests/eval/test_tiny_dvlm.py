@@ -25,7 +25,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, float], d
     # The second evaluation finds the dense answers of the first.
     for policy, keep in (("redvtp", "0.5"), ("random", "0.25")):
         # Answers are the same one by one (test_eval_command.py), but take twice as long.
-        grid = ("--policies", policy, "--keep", keep, "--concurrency", "8", "--limit", "120")
+        grid = ("--policies", policy, "--keep", keep, "--concurrency", "8")
         done = run("eval", MODEL, TASKS, *grid, "--dtype", "float32", "--output", out, timeout=3600)
         assert done.returncode == 0, done.stderr
         summary = json.loads((out / "summary.json").read_text())

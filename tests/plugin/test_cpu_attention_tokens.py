@@ -229,9 +229,11 @@ def test_where_the_kernel_cannot_serve_torch_does(llm: LLM) -> None:
             "cpu",
             "-config: redvtp.attention 'cpu' cannot be used: vLLM's CPU kernel knows no head_dim 16, .*; use 'auto'",
         ),
-        ("flash", "--additional-config: redvtp.attention must be one of auto, torch, cpu, got 'flash'"),
+        ("eager", "--additional-config: redvtp.attention must be one of auto, torch, triton, flash, cpu, got 'eager'"),
+        ("flash", "redvtp.attention 'flash' cannot be used: FlashAttention is for NVIDIA's cards, not for cpu; use 'auto'"),
+        ("triton", "redvtp.attention 'triton' cannot be used: Triton's kernels are for graphics cards, not for cpu"),
         ("touch", "got 'touch'; did you mean 'torch'"),
-        (["torch"], "redvtp.attention must be one of auto, torch, cpu"),
+        (["torch"], "redvtp.attention must be one of auto, torch, triton, flash, cpu"),
     ],
 )
 def test_attention_that_cannot_be_had_is_refused_at_the_start(asked: object, message: str) -> None:

@@ -43,10 +43,9 @@ def test_each_tensor_goes_to_the_group_of_its_device() -> None:
         assert [each for each in noted if each != ["all_reduce", "device", "torch.float32"]] == [
             # Whether a rank failed.
             ["all_reduce", "cpu", "torch.int32"],
-            # Importance of visual tokens, confidence, tokens.
+            # Importance of visual tokens; tokens and their confidence together.
             ["broadcast", "device", "torch.float32"],
             ["broadcast", "device", "torch.float64"],
-            ["broadcast", "device", "torch.int64"],
             # Activations and scores.
             ["sum", "device", "torch.float32"],
         ]
