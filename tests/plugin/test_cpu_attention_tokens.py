@@ -230,7 +230,10 @@ def test_where_the_kernel_cannot_serve_torch_does(llm: LLM) -> None:
             "-config: redvtp.attention 'cpu' cannot be used: vLLM's CPU kernel knows no head_dim 16, .*; use 'auto'",
         ),
         ("eager", "--additional-config: redvtp.attention must be one of auto, torch, triton, flash, cpu, got 'eager'"),
-        ("flash", "redvtp.attention 'flash' cannot be used: FlashAttention is for NVIDIA's cards, not for cpu; use 'auto'"),
+        (
+            "flash",
+            "redvtp.attention 'flash' cannot be used: FlashAttention is for NVIDIA's cards, not for cpu; use 'auto'",
+        ),
         ("triton", "redvtp.attention 'triton' cannot be used: Triton's kernels are for graphics cards, not for cpu"),
         ("touch", "got 'touch'; did you mean 'torch'"),
         (["torch"], "redvtp.attention must be one of auto, torch, triton, flash, cpu"),
