@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from module_process import results, run_module
 from redvtp.presets import PRESET_TABLE
 
-TESTS = Path(__file__).resolve().parents[1]
 DEVICE = "privateuseone:0"
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What engine.on_second_device prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "engine.on_second_device"],
-        cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    answer: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    (answer,) = results(run_module("engine.on_second_device"))
     assert answer["mixed"] == f"aten::add got tensors on cpu and {DEVICE}"
     return answer
 

@@ -7,9 +7,6 @@ change no product. The shipped small model's heads are just wide enough; a serve
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import golden_data
 from devices import cpu_only
 from golden_data import Run, checkpoint_dir
 from golden_runs import denoising_of, pruning_of
+from module_process import run_module
 from plugin.conftest import LlmFactory, in_process_llm
 from plugin.requests import free_blocks, runner_of, usable_blocks
 from redvtp.denoising.step import DenoisingRunner
@@ -255,17 +253,6 @@ def test_other_block_sizes_are_torchs(
 def test_two_ranks_give_the_same_tokens(expected: list[list[int]], tmp_path: Path) -> None:
     """Half of the heads each; in a process of its own, since vLLM's parallel groups are globals."""
     found = tmp_path / "answers.json"
-    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "plugin.two_ranks_kernel", found],
-        cwd=ROOT / "tests",
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert "response steps on vLLM's CPU kernel" in done.stdout
+    said = run_module("plugin.two_ranks_kernel", found)
+    assert "response steps on vLLM's CPU kernel" in said
     assert json.loads(found.read_text()) == expected

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from devices import needs_two_ranks
+from module_process import results, run_module
 
 pytestmark = needs_two_ranks
-TESTS = Path(__file__).resolve().parents[1]
 
 
 def _run(*where: str) -> tuple[list[dict[str, Any]], str]:
     """What plugin.one_rank_fails prints of each failure, and its whole log."""
-    done = subprocess.run(
-        [sys.executable, "-m", "plugin.one_rank_fails", *where],
-        cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if "RESULT " in line]
-    assert len(lines) == len(where), done.stdout[-6000:]
-    return [json.loads(line.partition("RESULT ")[2]) for line in lines], done.stdout
+    said = run_module("plugin.one_rank_fails", *where)
+    found = results(said)
+    assert len(found) == len(where), said[-6000:]
+    return found, said
 
 
 @pytest.fixture(scope="module")

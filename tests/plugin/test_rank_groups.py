@@ -6,35 +6,16 @@ handed to ranks is on the device shows in tests/engine/test_second_device.py.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from devices import needs_two_ranks
-
-TESTS = Path(__file__).resolve().parents[1]
+from module_process import results, run_module
 
 
 @pytest.mark.slow
 @needs_two_ranks
 def test_each_tensor_goes_to_the_group_of_its_device() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "plugin.rank_groups"],
-        cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if "RESULT " in line]
-    assert len(lines) == 1, done.stdout[-6000:]
-    found = json.loads(lines[0].partition("RESULT ")[2])
+    (found,) = results(run_module("plugin.rank_groups"))
     got, expected = found["tokens"]
     assert got == expected
     assert len(found["noted"]) == 2

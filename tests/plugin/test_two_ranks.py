@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -17,13 +14,13 @@ import pytest
 import golden_data
 import golden_runs
 from devices import needs_two_ranks
+from module_process import run_module
 from redvtp.local import LocalEngine, Request
 from redvtp.params import PruningParams
 
 EngineFactory = Callable[..., LocalEngine]
 
 pytestmark = needs_two_ranks
-TESTS = Path(__file__).resolve().parents[1]
 # Of each family: without and with pruning, in every cache mode it is used with.
 RUNS = {
     "tiny-llada-v": {"square/redvtp_k50_g32_b32_s16", "wide/redvtp_k25_g32_b32_s16", "square/plain_g32_b32_s16"},
@@ -128,16 +125,6 @@ def _runs(checkpoint: str) -> dict[str, golden_data.Run]:
 
 def _ask(checkpoint: str, rounds: list[dict[str, Any]], folder: Path) -> list[dict[str, list[int]]]:
     file = folder / "answers.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "plugin.two_ranks", file, json.dumps(rounds), *_runs(checkpoint)],
-        cwd=TESTS,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=1200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    run_module("plugin.two_ranks", file, json.dumps(rounds), *_runs(checkpoint))
     found: list[dict[str, list[int]]] = json.loads(file.read_text())
     return found

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 
 from redvtp.attention.layout import Layout
+from redvtp.attention.paged_batch import in_place, unused_slots
 from redvtp.attention.torch_paged import TorchPrepared
 from vllm_redvtp.attention.packed_pages import PackedKVCache
 
@@ -89,14 +90,13 @@ class CpuPrepared:
         self._layout = layout
         pages = backend.pages
         scored = {index for index, _ in layout.scores}
-        taken = [index for index in range(len(layout.spans)) if index not in scored and _runs_in_place(layout, index)]
+        taken = [index for index in in_place(layout) if index not in scored and layout.spans[index].reads_pages]
         self.calls = [self._call(index) for index in taken]
         self._rest = [index for index in range(len(layout.spans)) if index not in taken]
         self._torch = TorchPrepared(pages, layout, backend.scale, self._rest)
         # The kernel multiplies what lies behind a sequence's last token by zero. A former owner of the block may have
         # left infinity there, and zero times infinity is not zero.
-        unused = [_unused_slots(layout, index) for index in taken]
-        self._unused = torch.cat([torch.arange(0), *unused])
+        self._unused = unused_slots(layout, taken)
         _, kv_heads, _, head_dim = pages.keys[0].shape
         self._zeros = pages.keys[0].new_zeros(self._unused.numel(), kv_heads, head_dim)
 
@@ -144,17 +144,3 @@ class CpuPrepared:
         blocks = -(-span.kv_length // self._layout.block_size)
         table = self._layout.block_tables[index : index + 1, :blocks].to(torch.int32)
         return KernelCall(index, table, query_start, length, schedule)
-
-
-def _runs_in_place(layout: Layout, index: int) -> bool:
-    """Whether the kernel may read this sequence's pages, and clear what lies behind its last key."""
-    span = layout.spans[index]
-    return span.reads_pages and span.kv_rows is None and span.kv_length > 0 and span.write_end <= span.kv_length
-
-
-def _unused_slots(layout: Layout, index: int) -> Tensor:
-    """The slots of the last block behind the last token."""
-    size, length = layout.block_size, layout.spans[index].kv_length
-    last = (length - 1) // size
-    first = int(layout.block_tables[index, last]) * size
-    return torch.arange(first + length - last * size, first + size)

@@ -91,7 +91,7 @@ def rows_of(layout: Layout, sequences: Sequence[int]) -> Tensor:
 def unused_slots(layout: Layout, sequences: Sequence[int]) -> Tensor:
     """[slots] int64, those of their last blocks behind their last keys."""
     size = layout.block_size
-    found = []
+    found = [torch.zeros(0, dtype=torch.int64, device=layout.block_tables.device)]
     for index in sequences:
         length = layout.spans[index].kv_length
         found.append(layout.slots[index][length : -(-length // size) * size])
